@@ -1,0 +1,54 @@
+# Every target but `help` sets up first; set-up does nothing when it is done already.
+PYTHON ?= python3
+BUDGET ?= smoke
+
+OLDEST := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup course lab test bench stamp clean-notebooks
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## the environment in .venv, with everything the course needs
+	@echo '.venv is ready.'
+
+# The file is made last, so a set-up that was interrupted does not look finished.
+# ensurepip is asked for too: Debian's Python has venv without it.
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))' || { \
+	  echo "The course needs Python $(OLDEST) or newer, and $(PYTHON) is not (it may not be there at all)."; \
+	  echo "Name another one: make setup PYTHON=python$(OLDEST)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+	  echo "$(PYTHON) cannot make environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@rm -f $@
+	@echo "Setting up .venv: with PyTorch this is a few GB the first time."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+course: $(READY)  ## run every lesson, write the results and a gallery to _course/ (BUDGET=lesson for more)
+	@$(BIN)/python tools/course.py --budget $(BUDGET)
+
+lab: $(READY)  ## open the course in JupyterLab
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+test: $(READY)  ## everything that CI runs
+	@echo '== ruff: style and common mistakes'
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@echo '== nbdev: every notebook, and the tests in it'
+	@ENHANCE_BUDGET=smoke $(BIN)/nbdev-test --n-workers 2
+	@echo '== pytest: the promises of the project, and what lessons are the wrong place for'
+	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q tests
+
+bench: $(READY)  ## measure speed and quality side by side
+	@$(BIN)/python tools/bench.py
+
+stamp: $(READY)  ## badges, install cells, README.md and data/README.md from settings.ini and nbs/
+	@$(BIN)/python tools/stamp.py
+
+clean-notebooks: $(READY)  ## write enhance_lib/ from the notebooks, and clean them for a commit
+	@$(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean

@@ -73,7 +73,7 @@ KERNELS = {
 
 
 def _keys_cubic(distance, a=-0.5):
-    "Weight of an old pixel at `distance` (in pixels): Keys 1981, equation 15, as in MATLAB and Pillow."
+    "Weight of an old pixel at `distance` pixels: Keys 1981, as in MATLAB and Pillow."
     d = np.abs(distance)
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
@@ -325,7 +325,7 @@ class Between:
 
 
 class OneOf:
-    "One of several choices, all equally likely unless `weights` say otherwise. A choice may be a `Between`."
+    "One of several choices, equally likely unless `weights` say otherwise. They may be `Between`s."
 
     def __init__(self, *choices, weights=None):
         if not choices:
@@ -348,7 +348,7 @@ def drawn(value, rng):
 
 # %% ../nbs/01_crappify.ipynb #51735380
 class Step:
-    "An operation that is done with probability `p`, with parameters that are fixed, `Between` or `OneOf`."
+    "An operation done with probability `p`, its parameters fixed, `Between` or `OneOf`."
 
     def __init__(
         self,
@@ -479,23 +479,23 @@ RECIPES = {
             (
                 Step(
                     'down_and_up',
-                    width=Between(0.35, 0.6),
-                    height=Between(0.35, 0.6),
+                    width=Between(0.5, 0.8),
+                    height=Between(0.5, 0.8),
                     up='bilinear',
                 ),
-                Step('contrast', factor=Between(0.75, 1.25)),
+                Step('contrast', factor=Between(0.5, 1.7)),
                 Step(
                     'text',
-                    p=0.5,
+                    p=0.8,
                     words=_WORDS,
                     x=Between(0.0, 0.5),
                     y=Between(0.0, 0.85),
-                    size=Between(0.05, 0.12),
+                    size=Between(0.1, 0.2),
                     shade=Between(0, 255),
                 ),
-                Step('dither', p=0.5, colors=Between(16, 64)),
+                Step('dither', p=0.5, colors=Between(8, 32)),
             ),
-            about='low resolution, wrong contrast, text, dithering: 20 to 22 dB (GANs for image enhancement)',
+            about='low resolution, wrong contrast, text, dithering (GANs for image enhancement)',
         ),
         Recipe(
             'jpeg10',
@@ -504,7 +504,7 @@ RECIPES = {
                 Step('rescale', p=0.5, factor=OneOf(0.9, 0.8, 0.7, 0.6)),
                 Step('rotate', p=0.5, degrees=OneOf(90, 180, 270)),
             ),
-            about='JPEG of quality 10; the good photo is rescaled and turned at random (Image restorer)',
+            about='JPEG of quality 10; the good photo is rescaled and turned (Image restorer)',
         ),
         Recipe(
             'skyline',
@@ -524,7 +524,7 @@ RECIPES = {
                 ),
             ),
             before=(Step('trim', multiple=4),),
-            about='four times smaller, by a kernel drawn anew each time (real-time super-resolution)',
+            about='four times smaller, by a kernel drawn anew (real-time super-resolution)',
         ),
         Recipe(
             'wild',
@@ -595,7 +595,7 @@ class FolderReport:
 
 
 def _start_worker():
-    "Set up a worker process: leave Ctrl-C to its parent, and end when the parent is gone, even if it was killed."
+    "Set up a worker process: leave Ctrl-C to the parent, and end when the parent is gone."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -617,7 +617,7 @@ def _guarded(work, task):
 
 
 def _in_processes(work, tasks, n_workers):
-    "Yield None or an error for each task. Handed out in batches: memory doesn't grow with their number."
+    "Yield None or an error for each task, handed out in batches so that memory stays flat."
     if n_workers == 1:
         yield from (_guarded(work, task) for task in tasks)
         return
@@ -664,16 +664,16 @@ def run_folder(
         with log.open(newline='', encoding='utf-8') as file:
             for row in csv.DictReader(file):
                 logged.add(row['fname'])
-                # made by another recipe or seed: it goes before the log says otherwise, so that being killed
-                # in between leaves it missing, not wrong
+                # made by another recipe or seed: it goes before the log says otherwise, so that
+                # being killed in between leaves it missing, not wrong
                 if row['fname'] in there and row['job'] != json.dumps(job(row['fname'])):
                     (folder / row['fname']).unlink()
                     there.discard(row['fname'])
     foreign = sorted(there - logged)
     if foreign:
         raise PhotoError(
-            f"'{folder}' holds {len(foreign)} photos that were not made here, such as '{foreign[0]}'. "
-            'Choose another folder, so that none is lost.'
+            f"'{folder}' holds {len(foreign)} photos that this command did not make, such as "
+            f"'{foreign[0]}'. Choose another folder, so that none is lost."
         )
     _write_log(log, sources, job, {})
     todo = [t for t in sources if t not in there]
@@ -710,11 +710,11 @@ def _targets(path, format=None):
         raise PhotoError(f'There is no format {format!r}. {nearest_names(suffix, SUFFIXES)}')
     stems = Counter(str(Path(name).with_suffix('')) for name in photos)
     # cat.jpg and cat.png would both become cat.png: these keep their whole name
-    shared = lambda name: stems[str(Path(name).with_suffix(''))] > 1
-    return {
-        name + suffix if shared(name) else Path(name).with_suffix(suffix).as_posix(): p
-        for name, p in photos.items()
-    }
+    targets = {}
+    for name, photo in photos.items():
+        alone = stems[str(Path(name).with_suffix(''))] == 1
+        targets[Path(name).with_suffix(suffix).as_posix() if alone else name + suffix] = photo
+    return targets
 
 
 def _crappify_one(bad_folder, good_folder, source, target, plan):
@@ -742,7 +742,8 @@ def crappify_folder(
     recipe = get_recipe(recipe)
     if (recipe.before or size) and not good_path:
         raise PhotoError(
-            f"This changes the good photos too (recipe '{recipe.name}', size {size}): say in good_path where they go."
+            f"Recipe '{recipe.name}' with size {size} changes the good photos too: "
+            'say in good_path where they go.'
         )
     _beside(path, degraded_path, good_path)
     sources = _targets(path, format)
@@ -794,7 +795,7 @@ class CrappifyPair(Transform):
         self.recipe, self.size, self.seed = get_recipe(recipe), size, seed
 
     def encodes(self, source):
-        # here, not above: fastai brings torch, which the command line and the worker processes do without
+        # here, not above: fastai brings torch, which the command line and the workers do without
         from fastai.vision.core import PILImage, PILImageBW
 
         seed = np.random.randint(2**31) if self.seed is None else self.seed
@@ -803,7 +804,8 @@ class CrappifyPair(Transform):
         return tuple((PILImageBW if photo.mode == 'L' else PILImage)(photo) for photo in pair)
 
 # %% ../nbs/01_crappify.ipynb #20bbef96
-SLIDERS = {  # label: operation, how the slider's value is used, lowest, highest, step, where nothing happens
+# label: operation, slider's value -> its parameters, lowest, highest, step, where nothing happens
+SLIDERS = {
     'size of the small version': (
         'down_and_up',
         lambda v: {'width': v, 'height': v},
@@ -843,7 +845,7 @@ class CrappifyWidget:
                 description=label,
                 style={'description_width': '11em'},
                 layout={'width': '28em'},
-                continuous_update=False,  # one picture when the slider is let go, not a hundred on the way
+                continuous_update=False,  # draw when it is let go, not a hundred times on the way
             )
             self.sliders[op].observe(self._draw, 'value')
         self.picture = widgets.Image(format='png')

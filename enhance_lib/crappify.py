@@ -421,8 +421,7 @@ class Recipe:
         self,
         seed: int | None = None,  # see `dice`
         name: str = '',
-        size: int
-        | None = None,  # cut a square of this side, in pixels, out of the good photo first
+        size: int | None = None,  # cut a square of this side, in pixels, out of the photo first
     ) -> dict:  # {'before': [[operation, parameters], …], 'steps': […]}
         "Decide what happens to the photo `name`, without looking at it."
         rng = dice(seed, name)
@@ -585,10 +584,8 @@ class FolderReport:
     failed: dict  # name -> sentence
 
     def __str__(self):
-        lines = [
-            f'{self.made} photos made, {self.kept} were there already, {len(self.failed)} failed.'
-        ]
-        return '\n'.join([*lines, *(f'  {sentence}' for sentence in self.failed.values())])
+        counts = f'made {self.made}, there already {self.kept}, failed {len(self.failed)}'
+        return '\n'.join([f'Photos: {counts}', *(f'  {why}' for why in self.failed.values())])
 
     def _repr_markdown_(self):
         return str(self).replace('\n  ', '\n- ')
@@ -644,46 +641,51 @@ def _write_log(log, sources, job, errors):
 
 
 def run_folder(
-    work: Callable,  # function(source, target, job): make the file `target`
-    sources: dict,  # name in the output folder -> path of the photo to make it from
-    log: str | Path,  # CSV file in the output folder: fname, job, error
-    job: Callable,  # function(name in the output folder) -> what to do, as anything JSON can hold
+    work: Callable,  # function(source, targets, job): make a file in each output folder
+    sources: dict,  # name in the output folders -> path of the photo to make it from
+    folders: list[Path],  # output folders; a photo that is in all of them is done
+    log: str,  # name of the CSV file in the first of them: fname, job, error
+    job: Callable,  # function(name in the output folders) -> what to do, as anything JSON can hold
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
     "Do what is not done yet, on all cores. May be killed at any moment and started again."
     if n_workers is not None and n_workers < 1:
-        raise PhotoError(f'{n_workers} workers are not possible.')
-    log = Path(log)
-    folder = log.parent
-    for part in folder.rglob('.enhance-*.part'):
-        part.unlink(missing_ok=True)  # of a run that was killed
-    there = {t for t in sources if (folder / t).exists()}
-    logged = set()
+        raise PhotoError(f'{n_workers} workers are not possible: 1 or more.')
+    log = folders[0] / log
+    for folder in folders:
+        for part in folder.rglob('.enhance-*.part'):
+            part.unlink(missing_ok=True)  # of a killed run
+    there = {name: [f / name for f in folders if (f / name).exists()] for name in sources}
+    done, ours = {name for name in there if len(there[name]) == len(folders)}, set()
     if log.exists():
         with log.open(newline='', encoding='utf-8') as file:
             for row in csv.DictReader(file):
-                logged.add(row['fname'])
+                name = row['fname']
+                ours.add(name)
                 # made by another recipe or seed: it goes before the log says otherwise, so that
                 # being killed in between leaves it missing, not wrong
-                if row['fname'] in there and row['job'] != json.dumps(job(row['fname'])):
-                    (folder / row['fname']).unlink()
-                    there.discard(row['fname'])
-    foreign = sorted(there - logged)
+                if name in sources and row['job'] != json.dumps(job(name)):
+                    for target in there[name]:
+                        target.unlink()
+                    done.discard(name)
+    foreign = [t for name in there if name not in ours for t in there[name]]
     if foreign:
         raise PhotoError(
-            f"'{folder}' holds {len(foreign)} photos that this command did not make, such as "
-            f"'{foreign[0]}'. Choose another folder, so that none is lost."
+            f"'{foreign[0]}' was there before, not made by this command ({len(foreign)} photos in "
+            'all). Choose another folder, so that none is lost.'
         )
     _write_log(log, sources, job, {})
-    todo = [t for t in sources if t not in there]
-    tasks = ((sources[t], folder / t, job(t)) for t in todo)
+    todo = [name for name in sources if name not in done]
+    tasks = ((sources[name], [f / name for f in folders], job(name)) for name in todo)
     errors = _in_processes(work, tasks, n_workers or os.cpu_count())
-    bar = progress_bar(zip(todo, errors), total=len(todo), display=progress and bool(todo))
-    failed = {target: error for target, error in bar if error}
+    results = zip(todo, errors)
+    if progress and todo:
+        results = progress_bar(results, total=len(todo))
+    failed = {name: error for name, error in results if error}
     if failed:
         _write_log(log, sources, job, failed)
-    return FolderReport(len(todo) - len(failed), len(there), failed)
+    return FolderReport(len(todo) - len(failed), len(done), failed)
 
 # %% ../nbs/01_crappify.ipynb #7e1b672a
 def _beside(path, *others):
@@ -717,12 +719,10 @@ def _targets(path, format=None):
     return targets
 
 
-def _crappify_one(bad_folder, good_folder, source, target, plan):
+def _crappify_one(source, targets, plan):
     good = apply_steps(open_photo(source), plan['before'])
-    bad = apply_steps(good, plan['steps'])
-    if good_folder:
-        save_photo(good, good_folder / target.relative_to(bad_folder))
-    save_photo(bad, target)
+    for photo, target in zip((apply_steps(good, plan['steps']), good), targets):
+        save_photo(photo, target)
 
 
 def crappify_folder(
@@ -731,9 +731,7 @@ def crappify_folder(
     recipe: str | Recipe = 'image2',  # a key of `RECIPES`, or a recipe of your own
     seed: int = 0,
     size: int | None = None,  # cut a square of this side, in pixels, out of each photo first
-    good_path: str
-    | Path
-    | None = None,  # where the good halves go, if the recipe or `size` changes them
+    good_path: str | Path | None = None,  # where the good halves go, if they change too
     format: str | None = None,  # save all as 'png', 'jpg', …; by default as the photo was
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
@@ -748,22 +746,22 @@ def crappify_folder(
     _beside(path, degraded_path, good_path)
     sources = _targets(path, format)
     names = {target: p.relative_to(path).as_posix() for target, p in sources.items()}
-    good_folder = Path(good_path) if good_path else None
     return run_folder(
-        partial(_crappify_one, Path(degraded_path), good_folder),
+        _crappify_one,
         sources,
-        Path(degraded_path) / 'crappify.csv',
-        lambda target: recipe.draw(seed, names[target], size),
+        [Path(folder) for folder in (degraded_path, good_path) if folder],
+        'crappify.csv',
+        lambda name: recipe.draw(seed, names[name], size),
         n_workers,
         progress,
     )
 
 
-def _resize_one(source, target, job):
+def _resize_one(source, targets, job):
     photo = open_photo(source)
     factor = job['size'] / min(photo.size)
     width, height = (max(round(side * factor), job['size']) for side in photo.size)
-    save_photo(resize(photo, width, height), target)
+    save_photo(resize(photo, width, height), targets[0])
 
 
 def resize_folder(
@@ -777,9 +775,15 @@ def resize_folder(
     if size < 1:
         raise PhotoError(f'A size of {size} pixels is not possible: 1 or more.')
     _beside(path, resized_path)
-    log = Path(resized_path) / 'resize.csv'
+    job = {'size': size}
     return run_folder(
-        _resize_one, _targets(path), log, lambda _: {'size': size}, n_workers, progress
+        _resize_one,
+        _targets(path),
+        [Path(resized_path)],
+        'resize.csv',
+        lambda name: job,
+        n_workers,
+        progress,
     )
 
 # %% ../nbs/01_crappify.ipynb #20990b18

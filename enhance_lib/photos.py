@@ -153,6 +153,9 @@ def show_photos(
     for ax in axes.flat:
         ax.axis('off')
     for ax, part, title in zip(axes.flat, parts, titles):
+        ax.axis('on')
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(color='silver', linewidth=0.5)  # shows where a white photo ends
         enlarged = part.width < cell * fig.dpi
         gray = {'cmap': 'gray', 'vmin': 0, 'vmax': 255} if part.mode == 'L' else {}
         # 'nearest' shows the pixels there are; matplotlib's own choice would smooth them
@@ -283,7 +286,7 @@ def _why_not_a_photo(head, name):
     if head[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc'):
         return f'{name} is in HEIC format, which is not read here. Save it as JPEG on the phone.'
     return (
-        f'{name} is not a photo, or of a kind that is not read here, whatever its name says. '
+        f'{name} is not a photo, whatever its name says, or of a kind that is not read here. '
         f'What can be read: {", ".join(FORMATS)}.'
     )
 

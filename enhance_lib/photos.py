@@ -141,7 +141,7 @@ def show_photos(
     rows = -(-len(parts) // cols)
     cell = width / cols  # inches
     tallest = [max(p.height / p.width for p in parts[r * cols :][:cols]) for r in range(rows)]
-    heights = [cell * t + 0.35 for t in tallest]  # 0.35 inches are for the title
+    heights = [cell * min(t, 3) + 0.35 for t in tallest]  # 0.35 inches are for the title
     fig, axes = plt.subplots(
         rows,
         cols,

@@ -5,6 +5,8 @@ BUDGET ?= smoke
 OLDEST := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 BIN := .venv/bin
 READY := .venv/.ready
+# In a container one is often root, which Jupyter wants to be told.
+AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
 .PHONY: help setup course lab test bench stamp clean-notebooks
 
@@ -32,7 +34,7 @@ course: $(READY)  ## run every lesson, write the results and a gallery to _cours
 	@$(BIN)/python tools/course.py --budget $(BUDGET)
 
 lab: $(READY)  ## open the course in JupyterLab
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@$(BIN)/jupyter lab $(AS_ROOT) nbs/index.ipynb
 
 test: $(READY)  ## everything that CI runs
 	@echo '== ruff: style and common mistakes'

@@ -701,7 +701,7 @@ def _beside(path, *others):
         if other.exists() and not other.is_dir():
             raise PhotoError(f"'{other.name}' is a file, not a folder.")
 
-
+# %% ../nbs/01_crappify.ipynb #354285bc
 def _targets(path, format=None):
     "What each photo of a folder is called in the output folder: {name: path}."
     photos = {p.relative_to(path).as_posix(): p for p in find_photos(path)}
@@ -718,7 +718,7 @@ def _targets(path, format=None):
         targets[Path(name).with_suffix(suffix).as_posix() if alone else name + suffix] = photo
     return targets
 
-
+# %% ../nbs/01_crappify.ipynb #cf34d4cf
 def _crappify_one(source, targets, plan):
     good = apply_steps(open_photo(source), plan['before'])
     for photo, target in zip((apply_steps(good, plan['steps']), good), targets):
@@ -729,7 +729,7 @@ def crappify_folder(
     path: str | Path,  # good photos, in subfolders too
     degraded_path: str | Path,  # where the bad ones go, under the same names, with `crappify.csv`
     recipe: str | Recipe = 'image2',  # a key of `RECIPES`, or a recipe of your own
-    seed: int = 0,
+    seed: int = 0,  # another seed or recipe in the same folder: its photos are made anew
     size: int | None = None,  # cut a square of this side, in pixels, out of each photo first
     good_path: str | Path | None = None,  # where the good halves go, if they change too
     format: str | None = None,  # save all as 'png', 'jpg', …; by default as the photo was
@@ -740,8 +740,8 @@ def crappify_folder(
     recipe = get_recipe(recipe)
     if (recipe.before or size) and not good_path:
         raise PhotoError(
-            f"Recipe '{recipe.name}' with size {size} changes the good photos too: "
-            'say in good_path where they go.'
+            f"Recipe '{recipe.name}'{f' with size {size}' if size else ''} changes the good photos "
+            'too: say in good_path where they go.'
         )
     _beside(path, degraded_path, good_path)
     sources = _targets(path, format)
@@ -810,7 +810,7 @@ class CrappifyPair(Transform):
 # %% ../nbs/01_crappify.ipynb #20bbef96
 # label: operation, slider's value -> its parameters, lowest, highest, step, where nothing happens
 SLIDERS = {
-    'size of the small version': (
+    'size in between': (
         'down_and_up',
         lambda v: {'width': v, 'height': v},
         0.1,
@@ -846,6 +846,7 @@ class CrappifyWidget:
                 min=low,
                 max=high,
                 step=step,
+                readout_format='.0f' if step == 1 else '.2f',
                 description=label,
                 style={'description_width': '11em'},
                 layout={'width': '28em'},

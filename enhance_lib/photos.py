@@ -439,7 +439,7 @@ def find_photos(
     def give_up(error):
         raise error
 
-    found = []
+    found, heic = [], 0
     try:
         os.stat(folder)
         # not rglob: it passes over what it may not read
@@ -447,6 +447,7 @@ def find_photos(
             inside[:] = [n for n in inside if not n.startswith('.')]
             paths = [Path(home, n) for n in names if not n.startswith('.')]
             found += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+            heic += sum(p.suffix.lower() in ('.heic', '.heif') for p in paths)
     except FileNotFoundError:
         raise PhotoError(f"There is no folder '{folder}'. Check the spelling.") from None
     except NotADirectoryError:
@@ -458,6 +459,12 @@ def find_photos(
     except (OSError, ValueError) as e:
         raise PhotoError(f"'{folder}' can not be read: {e}.") from None
     found.sort()
+    if heic:
+        warnings.warn(
+            f"'{folder}': {heic} HEIC files were left out. Save them as JPEG first.",
+            PhotoWarning,
+            stacklevel=2,
+        )
     if not found:
         raise PhotoError(f"There is no photo in '{folder}' ({', '.join(SUFFIXES)}).")
     return found
@@ -474,7 +481,7 @@ def name_lot(
 def write_table(
     folder: str | Path,  # photos
     path: str | Path,  # the CSV file to write
-    valid: float = 0.2,  # share of the photos to hold back, 0 to 1; at least one if it isn't 0
+    valid: float = 0.2,  # about this share is held back, 0 to 1; if not 0, at least one photo
 ):  # a DataFrame, as `read_table` gives it
     "Write the table of a folder's photos: columns `fnames` (relative to the folder) and `is_val`."
     import pandas as pd
@@ -482,8 +489,9 @@ def write_table(
     if not 0 <= valid <= 1:
         raise PhotoError(f'The share to validate with is {valid}; it goes from 0 to 1.')
     names = [p.relative_to(folder).as_posix() for p in find_photos(folder)]
-    held_back = sorted(names, key=name_lot)[: max(round(valid * len(names)), 1 if valid else 0)]
-    table = pd.DataFrame({'fnames': names, 'is_val': [n in set(held_back) for n in names]})
+    table = pd.DataFrame({'fnames': names, 'is_val': [name_lot(n) < valid for n in names]})
+    if valid and not table['is_val'].any():  # few photos: hold back the one that is nearest to it
+        table.loc[table['fnames'].map(name_lot).idxmin(), 'is_val'] = True
     with write_atomically(path) as temporary:
         table.to_csv(temporary, index=False, errors='surrogateescape')
     return table
@@ -831,7 +839,12 @@ def upload_button():
     "A button to upload one photo with, for `uploaded_photo`."
     from ipywidgets import FileUpload
 
-    return FileUpload(accept='image/*', multiple=False, description='Choose a photo')
+    return FileUpload(
+        accept='image/*',
+        multiple=False,
+        description='Choose a photo',
+        layout={'width': 'max-content'},  # or else the (1) that it shows after an upload is cut off
+    )
 
 
 def uploaded_photo(

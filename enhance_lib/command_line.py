@@ -57,6 +57,8 @@ def _needed(**flags):
 
 def _finish(report):
     "Say what a folder run did; the exit code."
+    if report.made or report.failed:
+        sys.stdout.write('\n')  # ends the line of the progress bar
     (sys.stderr if report.failed else sys.stdout).write(f'{report}\n')
     return 1 if report.failed else 0
 
@@ -80,7 +82,7 @@ def enhance_crappify(
     path: str = None,  # folder of good photos
     degraded_path: str = None,  # folder for the bad ones and crappify.csv, which says what was done
     recipe: str = 'image2',  # image2, gan, jpeg10, skyline, any-kernel or wild
-    seed: int = 0,  # another seed, other damage
+    seed: int = 0,  # another seed (or recipe) makes the photos in the folder anew
     size: int = None,  # cut a square of this side, in pixels, out of each photo first
     good_path: str = None,  # folder for the good halves, where recipe or size change them
     format: str = None,  # png, jpg, webp...; by default as the photo was

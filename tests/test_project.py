@@ -232,6 +232,12 @@ def test_notebook_names_no_place_on_a_disk(path):
 
 
 @each_notebook
+def test_every_figure_is_filled_in(path):
+    "Measured times are written in last, and easily forgotten."
+    assert not re.findall(r'\b(?:TIME|MEM)_\w+|\bTODO\b', prose(path))
+
+
+@each_notebook
 def test_links_lead_to_files(path):
     text = re.sub(CODE, '', prose(path), flags=re.DOTALL)
     links = re.findall(r'\]\(([^)\s]+)', text)

@@ -56,6 +56,16 @@ def test_course_goes_on_after_a_failure_and_reports_it(tmp_path):
     assert f'{sys.executable} smoke' in ran, 'another Python, or another budget'
 
 
+def test_answers_stay_folded_on_the_page(tmp_path):
+    answer = (
+        '<details><summary>Answer</summary>\n\nForty-two.\n\n```python\nx = 42\n```\n\n</details>'
+    )
+    save(tmp_path / 'nbs' / '00_one.ipynb', f'{HEADER}\n\n{answer}', '1 + 1')
+    assert run_course(tmp_path).returncode == 0
+    page = (tmp_path / '_course' / '00_one.html').read_text(encoding='utf-8')
+    assert page.index('<details>') < page.index('Forty-two') < page.index('</details>')
+
+
 def test_course_names_an_unknown_lesson(tmp_path):
     save(tmp_path / 'nbs' / '00_one.ipynb', HEADER)
     done = run_course(tmp_path, '00_two')

@@ -84,7 +84,9 @@ def read_header(lesson, nb):
     "Take title and promise from the first Markdown cell."
     text = next((c.source for c in nb.cells if c.cell_type == 'markdown'), '')
     lines = text.splitlines()
-    lesson.title = next((line[2:].strip() for line in lines if line.startswith('# ')), lesson.name)
+    title = next((line[2:].strip() for line in lines if line.startswith('# ')), lesson.name)
+    number = lesson.name.split('_')[0]
+    lesson.title = f'{number} {title}' if number.isdigit() else title
     lesson.promise = ' '.join(line[1:].strip() for line in lines if line.startswith('>'))
 
 
@@ -94,9 +96,10 @@ def output_html(output, title):
     for mime in ('image/png', 'image/jpeg'):
         if mime in data:
             source = ''.join(data[mime].split())
-            return f'<img src="data:{mime};base64,{source}" alt="{html.escape(title)}">'
+            picture = f'<img src="data:{mime};base64,{source}" alt="{html.escape(title)}">'
+            return f'<div class="wide">{picture}</div>'
     table = data.get('image/svg+xml') or data.get('text/html')
-    return f'<div class="table">{table}</div>' if table else ''
+    return f'<div class="wide">{table}</div>' if table else ''
 
 
 def run_lesson(lesson, budget, out):
@@ -148,7 +151,8 @@ def lesson_page(lesson, nb):
     "The executed lesson as one HTML page, without the cells that only nbdev needs."
     page = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if not has_line(c, 'hide')]})
     # The course's widgets come with pictures of themselves, so the page needs no widget scripts.
-    exporter = HTMLExporter(embed_images=True, require_js_url='', jquery_url='')
+    # Not embed_images: it would close the <details> of an answer before the answer.
+    exporter = HTMLExporter(require_js_url='', jquery_url='')
     where = {'metadata': {'path': str(lesson.path.parent), 'name': lesson.title}}
     text, _ = exporter.from_notebook_node(page, resources=where)
     # Links from lesson to lesson lead from page to page.
@@ -176,16 +180,18 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 p { margin: .35rem 0; }
 .soft { color: var(--soft); font-size: .9rem; }
 .bad { color: var(--bad); font-weight: 600; overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; height: auto; margin: 1rem auto 0; padding: 6px;
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; padding: 6px;
       background: #fff; border-radius: 8px; }
-.table { overflow-x: auto; margin-top: 1rem; }
-.table svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; margin-top: 1rem; }
+.wide svg { max-width: 100%; height: auto; }
+/* Four photos in a row are too small for a phone: there they can be moved sideways. */
+@media (max-width: 700px) { .wide img { max-width: none; width: 44rem; } }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 """
 
 
-def gallery_page(lessons, budget):
+def gallery_page(lessons, budget, seconds):
     "All lessons on one page: what each promises, its best pictures, and the way to it."
     sections = []
     for lesson in lessons:
@@ -199,14 +205,17 @@ def gallery_page(lessons, budget):
             f'{lesson.seconds:.0f} s at the {budget} budget</p>'
             f'{failed}{"".join(lesson.gallery)}</section>'
         )
-    total = sum(lesson.seconds for lesson in lessons)
+    almost_untrained = (
+        '<p class="soft">At this budget the networks are almost untrained: '
+        '<code>make course BUDGET=lesson</code> trains them.</p>'
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>The course</title><style>{STYLE}</style></head><body><main>'
         '<h1>The course</h1>'
-        f'<p class="soft">{len(lessons)} notebooks, run top to bottom at the {budget} budget: '
-        f'{total:.0f} s in all.</p>'
+        f'<p class="soft">{len(lessons)} notebooks, run top to bottom at the {budget} budget '
+        f'in {seconds:.0f} s.</p>{almost_untrained if budget == "smoke" else ""}'
         f'{"".join(sections)}</main></body></html>\n'
     )
 
@@ -268,6 +277,9 @@ def main(
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // at_once)))
     print(f'Running {len(lessons)} notebooks at the {budget} budget, {at_once} at a time.')
 
+    if (ROOT / 'nbs' / 'images').exists():
+        shutil.copytree(ROOT / 'nbs' / 'images', out / 'images', dirs_exist_ok=True)
+    started = time.monotonic()
     pool = ThreadPoolExecutor(at_once)
     tasks = {pool.submit(run_lesson, lesson, budget, out): lesson for lesson in lessons}
     try:
@@ -279,7 +291,8 @@ def main(
     pool.shutdown()
 
     index = out / 'index.html'
-    index.write_text(gallery_page(lessons, budget), encoding='utf-8')
+    took = time.monotonic() - started
+    index.write_text(gallery_page(lessons, budget, took), encoding='utf-8')
     failures = [lesson for lesson in lessons if lesson.error]
     for lesson in failures:
         print(f'\nFAILED: {lesson.name}, {lesson.error}\n{lesson.traceback}')

@@ -1,0 +1,249 @@
+"""The commands as a shell runs them: flags, exit codes, messages without tracebacks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMANDS = ['enhance_resize', 'enhance_crappify']
+FLAGS = {
+    'enhance_resize': ['path', 'resized-path', 'size', 'num-workers'],
+    'enhance_crappify': [
+        'path',
+        'degraded-path',
+        'recipe',
+        'seed',
+        'size',
+        'good-path',
+        'format',
+        'num-workers',
+    ],
+}
+CALL = 'import sys; from enhance_lib.command_line import {0}; sys.exit({0}())'
+
+
+def start(name, *flags, **kwargs):
+    command = [sys.executable, '-c', CALL.format(name), *map(str, flags)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, **pipes | kwargs)
+
+
+def run(name, *flags):
+    "Exit code, standard output and standard error."
+    process = start(name, *flags)
+    out, err = process.communicate(timeout=60)
+    assert 'Traceback' not in out + err, err
+    return process.returncode, out, err
+
+
+def make_photos(folder, n, side=40):
+    "Photos with some content, whose names begin with p."
+    folder.mkdir()
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((side + i, side)).save(folder / f'p{i}.png')
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_photos(tmp_path / 'photos', 4)
+
+
+def made(folder):
+    return sorted(p.name for p in Path(folder).glob('*.png'))
+
+
+ALL = ['p0.png', 'p1.png', 'p2.png', 'p3.png']
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_console_script_is_installed(name):
+    script = Path(sys.executable).parent / name
+    done = subprocess.run([script, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f'usage: {name}')
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_names_every_flag(name):
+    status, out, err = run(name, '--help')
+    assert status == 0 and err == ''
+    for flag in FLAGS[name]:
+        assert f'--{flag}' in out.replace('_', '-')
+    assert 'folder of' in out, 'what the flags mean'
+    assert '--pdb' not in out and '--xtra' not in out, 'flags for other people'
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_needs_no_large_library(name):
+    code = (
+        f'import sys; sys.argv[1:] = ["--help"]; from enhance_lib.command_line import {name}\n'
+        f'try: {name}()\n'
+        'except SystemExit: pass\n'
+        'large = {"numpy", "torch", "fastai", "PIL", "pandas", "matplotlib"} & set(sys.modules)\n'
+        'sys.exit(f"imported: {large}" if large else 0)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_work_needs_no_torch(photos, tmp_path):
+    "It would make a command wait for seconds, and each worker take hundreds of megabytes."
+    code = (
+        'import sys; from enhance_lib.command_line import enhance_crappify\n'
+        f'enhance_crappify(["--path={photos}", "--degraded-path={tmp_path / "bad"}"])\n'
+        'large = {"torch", "fastai", "pandas", "matplotlib", "skimage"} & set(sys.modules)\n'
+        'sys.exit(f"imported: {large}" if large else 0)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--path', '{in}', '--degraded_path', '{out}', '--num_workers', '1'],
+        ['--path', '{in}', '--degraded-path', '{out}', '--num-workers', '1'],
+        ['--path={in}', '--degraded_path={out}', '--num-workers=1'],
+        ['--num_workers=2', '--degraded-path={out}', '--path={in}', '--seed=3', '--recipe=wild'],
+    ],
+)
+def test_flags_in_every_spelling(tmp_path, flags):
+    photos, out = make_photos(tmp_path / 'my_good-photos', 4), tmp_path / 'an_output=folder'
+    flags = [flag.replace('{in}', str(photos)).replace('{out}', str(out)) for flag in flags]
+    status, shown, err = run('enhance_crappify', *flags)
+    assert status == 0, err
+    assert made(out) == ALL and (out / 'crappify.csv').exists()
+    assert 'made 4' in shown
+
+
+def test_every_flag_has_its_effect(photos, tmp_path):
+    bad, good = tmp_path / 'bad', tmp_path / 'good'
+    status, _, err = run(
+        'enhance_crappify',
+        *('--path', photos, '--degraded-path', bad, '--good-path', good, '--recipe', 'jpeg10'),
+        *('--seed', 7, '--size', 12, '--format', 'bmp', '--num-workers', 1),
+    )
+    assert status == 0, err
+    from enhance_lib.crappify import RECIPES
+    from enhance_lib.photos import open_photo
+
+    for i in range(4):
+        pair = RECIPES['jpeg10'].pair(open_photo(photos / f'p{i}.png'), 7, f'p{i}.png', 12)
+        for folder, expected in zip((bad, good), pair):
+            assert open_photo(folder / f'p{i}.bmp').tobytes() == expected.tobytes()
+
+
+def test_resize(photos, tmp_path):
+    small = tmp_path / 'small'
+    flags = ['--path', photos, '--resized_path', small, '--size', '16', '--num_workers', '1']
+    status, out, err = run('enhance_resize', *flags)
+    assert status == 0, err
+    assert 'made 4' in out
+    # 40 to 43 wide, 40 high
+    assert [Image.open(small / n).size for n in ALL] == [(16, 16), (16, 16), (17, 16), (17, 16)]
+    status, out, _ = run('enhance_resize', *flags)
+    assert status == 0 and 'made 0' in out and 'there already 4' in out
+    size = Image.open(small / 'p0.png').size
+    status, _, err = run('enhance_resize', *flags[:4])
+    assert status == 0, err
+    assert size == (16, 16) and Image.open(small / 'p0.png').size == (256, 256)
+
+
+def refused(name, *flags):
+    "The one line that a command ends with when it can't start."
+    status, out, err = run(name, *flags)
+    assert status == 2
+    assert out == ''
+    assert err.startswith(f'{name}: ') and err.endswith('\n') and err.count('\n') == 1
+    return err
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_missing_flags(name, photos):
+    err = refused(name)
+    assert f'--{FLAGS[name][0]}' in err and f'--{FLAGS[name][1]}' in err
+    err = refused(name, '--path', photos)
+    assert '--path' not in err and f'--{FLAGS[name][1]}' in err
+
+
+def test_folders_that_can_not_be_used(photos, tmp_path):
+    missing = tmp_path / 'missing'
+    assert 'missing' in refused('enhance_crappify', '--path', missing, '--degraded-path', 'x')
+    assert 'missing' in refused('enhance_resize', '--path', missing, '--resized-path', 'x')
+    err = refused('enhance_crappify', '--path', photos, '--degraded-path', photos)
+    assert 'photos' in err
+    assert not missing.exists() and not Path('x').exists()
+
+
+def test_settings_that_can_not_be_used(photos, tmp_path):
+    flags = ['--path', photos, '--degraded-path', tmp_path / 'bad']
+    err = refused('enhance_crappify', *flags, '--recipe', 'skylin')
+    assert 'Did you mean skyline?' in err
+    assert 'good_path' in refused('enhance_crappify', *flags, '--recipe', 'skyline')
+    assert '0 workers' in refused('enhance_crappify', *flags, '--num-workers', '0')
+    assert 'pngg' in refused('enhance_crappify', *flags, '--format', 'pngg')
+    refused('enhance_crappify', *flags, '--seed=-1')
+    refused('enhance_resize', '--path', photos, '--resized-path', tmp_path / 'bad', '--size', '0')
+    assert not (tmp_path / 'bad').exists()
+
+
+@pytest.mark.parametrize('flags', [['--size', 'large'], ['--seed', '1.5'], ['--colour', 'red']])
+def test_flags_that_make_no_sense(photos, flags):
+    status, out, err = run('enhance_crappify', '--path', photos, '--degraded-path', 'x', *flags)
+    assert status == 2 and out == ''
+    assert flags[0] in err
+    assert not Path('x').exists()
+
+
+@pytest.mark.parametrize('n_workers', [1, 2])
+def test_broken_photos_are_named_and_the_others_done(photos, tmp_path, n_workers):
+    (photos / 'empty.png').touch()
+    (photos / 'text.png').write_text('This is not a photo.')
+    bad = tmp_path / 'bad'
+    flags = ['--path', photos, '--degraded-path', bad, '--num-workers', n_workers]
+    for _ in range(2):
+        status, _, err = run('enhance_crappify', *flags)
+        assert status == 1
+        assert made(bad) == ALL
+        assert 'empty.png' in err and 'text.png' in err and 'p0.png' not in err
+        assert 'failed 2' in err
+    (photos / 'empty.png').unlink()
+    (photos / 'text.png').unlink()
+    status, out, _ = run('enhance_crappify', *flags)
+    assert status == 0 and 'made 0, there already 4, failed 0' in out
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='sends the signal of Ctrl-C as Unix does')
+@pytest.mark.parametrize('n_workers', [1, 2])
+@pytest.mark.parametrize('after', [0, 3])
+def test_ctrl_c_says_one_line_and_the_next_run_finishes(tmp_path, n_workers, after):
+    "A terminal sends the signal to the command and to all of its workers."
+    photos, bad = make_photos(tmp_path / 'photos', 60, 200), tmp_path / 'bad'
+    flags = ['--path', photos, '--degraded-path', bad, '--recipe', 'wild', '--format', 'png']
+    flags += ['--num-workers', n_workers]
+    process = start('enhance_crappify', *flags, start_new_session=True)
+    end = time.monotonic() + 30
+    # the table is written just before the workers start
+    while not (bad / 'crappify.csv').exists() or len(made(bad)) < after:
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert 'Traceback' not in out + err, err
+    assert err.strip() == 'enhance_crappify: stopped. Run it again to go on.'
+    done = made(bad)
+    assert len(done) < 60, 'stopped too late to test anything'
+    for name in done:
+        Image.open(bad / name).load()  # raises OSError where half of it is missing
+    status, out, err = run('enhance_crappify', *flags)
+    assert status == 0, err
+    assert f'made {60 - len(done)}, there already {len(done)}' in out
+    assert len(made(bad)) == 60 and not list(bad.glob('.*'))

@@ -1,0 +1,188 @@
+"""Measure speed and quality side by side, and say so in a table: `make bench`.
+
+The table goes to standard output and to `_bench/bench.md`.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from enhance_lib.crappify import RECIPES, crappify_folder
+from enhance_lib.photos import data_folder, find_photos, open_photo, sample_photos, save_photo
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_crops(
+    folder: Path,
+    n: int,
+    seed: int = 0,
+):
+    "Write `n` crops of the sample photos, with sides of 256 to 512 pixels, as PNG."
+    rng, photos = np.random.default_rng(seed), list(sample_photos().values())
+    for i in range(n):
+        photo = photos[i % len(photos)]
+        w, h = (int(rng.integers(256, min(512, side) + 1)) for side in photo.size)
+        left, top = int(rng.integers(photo.width - w + 1)), int(rng.integers(photo.height - h + 1))
+        crop = photo.crop((left, top, left + w, top + h))
+        crop.save(folder / f'{i:04}.png', compress_level=1)
+
+
+def plain_loop(paths: list[Path], out: Path):
+    "What one would write without the library's folders."
+    for path in paths:
+        save_photo(RECIPES['gan'](open_photo(path), 0, path.name), out / path.name)
+
+
+def two_plain_loops(paths: list[Path], out: Path):
+    "Half of the photos in each of two processes that know nothing of each other."
+    fork = multiprocessing.get_context('fork')
+    halves = [fork.Process(target=plain_loop, args=(paths[i::2], out)) for i in range(2)]
+    for process in halves:
+        process.start()
+    for process in halves:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError('a plain loop failed')
+
+
+def speed_of_crappify(n: int = 200, repeats: int = 3):
+    "A plain loop in one process against `crappify_folder` on two, taking turns."
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / 'photos'
+        photos.mkdir()
+        make_crops(photos, n)
+        paths = find_photos(photos)
+        ways = {
+            'loop': lambda out: plain_loop(paths, out),
+            'two': lambda out: two_plain_loops(paths, out),
+            'folder': lambda out: crappify_folder(
+                photos, out, 'gan', 0, n_workers=2, progress=False
+            ),
+        }
+        seconds = {way: [] for way in ways}
+        for i in range(repeats):
+            for way, do in ways.items():
+                start = time.perf_counter()
+                do(Path(folder) / f'{way}{i}')
+                seconds[way].append(time.perf_counter() - start)
+    # the fastest of each: what else the machine does can only slow them down
+    loop, two, both = (n / min(seconds[way]) for way in ways)
+    what = f'crappify, recipe gan, {n} crops of 256 to 512 pixels, PNG'
+    yield f'{what}: plain loop', f'{loop:.1f} photos/s', ''
+    yield f'{what}: `crappify_folder`, 2 workers', f'{both:.1f} photos/s', ''
+    yield f'ratio of the two (best of {repeats} runs each)', f'{both / loop:.2f}×', '1.6× or more'
+    # Where this is far below 2, the machine was busy and the ratio above says little.
+    what = 'the same ratio for two plain loops side by side: what the machine gave'
+    yield what, f'{two / loop:.2f}×', ''
+
+
+def peak_memory() -> dict[str, float]:
+    "The peak resident memory of this process and of the largest of its ended workers, in MB."
+    unit = 1e6 if sys.platform == 'darwin' else 1e3  # bytes there, kB elsewhere
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path('/proc/self/status')
+    if status.exists():  # Linux lets a process inherit `ru_maxrss` of the one that started it
+        lines = status.read_text().splitlines()
+        own = next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 1e3
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+    return {'parent': own, 'worker': workers}
+
+
+def memory_of_crappify(numbers: tuple = (200, 800)):
+    "Peak memory of `crappify_folder`, each time in a process of its own."
+    for n in numbers:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / 'photos').mkdir()
+            make_crops(Path(folder) / 'photos', n)
+            command = [sys.executable, __file__, '--memory', folder]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = json.loads(done.stdout)
+        measured = f'{peak["parent"]:.0f} MB, {peak["worker"]:.0f} MB'
+        what = f'peak memory of `crappify_folder`, {n} crops, 2 workers: parent, largest worker'
+        yield what, measured, 'the same for any number'
+
+
+def damage_of_gan():
+    "How bad the recipe gan makes photos."
+    places = [ROOT.parent / 'shared' / 'data' / 'bsds500' / 'val']
+    places.append(data_folder() / 'bsds500' / 'BSR' / 'BSDS500' / 'data' / 'images' / 'val')
+    what, target = 'damage by recipe gan, 256×256 crops of BSDS500 val, seed 0', '20 to 22 dB'
+    folder = next((p for p in places if p.is_dir()), None)
+    if folder is None:
+        yield f'{what}: mean PSNR, SSIM', 'no data', target
+        return
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    psnr, ssim = [], []
+    for path in find_photos(folder):
+        bad, good = map(np.asarray, RECIPES['gan'].pair(open_photo(path), 0, path.name, 256))
+        psnr.append(peak_signal_noise_ratio(good, bad, data_range=255))
+        ssim.append(structural_similarity(good, bad, channel_axis=2, data_range=255))
+    measured = f'{np.mean(psnr):.2f} dB, {np.mean(ssim):.3f}'
+    yield f'{what}, {len(psnr)} photos: mean PSNR, SSIM', measured, target
+
+
+# Each yields rows: what, measured, target.
+MEASUREMENTS: list[Callable] = [speed_of_crappify, memory_of_crappify, damage_of_gan]
+
+
+def processor() -> str:
+    "The model of the CPU."
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def head() -> str:
+    "How, on what and with what it was measured."
+    load = f', load {os.getloadavg()[0]:.1f} before the start' if hasattr(os, 'getloadavg') else ''
+    libraries = ', '.join(f'{name} {version(name)}' for name in ('torch', 'numpy', 'pillow'))
+    return '\n'.join(
+        [
+            '# Benchmark',
+            '',
+            '- protocol: the rows compared are measured in turns on the same photos, nothing else '
+            'should run; memory is resident memory',
+            f'- machine: {os.cpu_count()} cores, {processor()}{load}',
+            f'- versions: Python {platform.python_version()}, {libraries}',
+            '- command: `make bench`',
+            '',
+            '| what | measured | target |',
+            '|---|---|---|',
+        ]
+    )
+
+
+def main():
+    "Print the table row by row and write it at the end."
+    table = [head()]
+    print(table[0], flush=True)
+    for measure in MEASUREMENTS:
+        for row in measure():
+            table.append(f'| {" | ".join(row)} |')
+            print(table[-1], flush=True)
+    out = ROOT / '_bench' / 'bench.md'
+    out.parent.mkdir(exist_ok=True)
+    out.write_text('\n'.join(table) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--memory']:
+        base = Path(sys.argv[2])
+        crappify_folder(base / 'photos', base / 'bad', 'gan', 0, n_workers=2, progress=False)
+        json.dump(peak_memory(), sys.stdout)
+    else:
+        main()

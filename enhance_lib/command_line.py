@@ -15,10 +15,13 @@ from fastcore.script import anno_parser
 # imports what it needs when it runs.
 
 # %% ../nbs/command_line.ipynb #5126c648
-def _with_hyphens(argument):
-    "The same argument, its flag (if it is one) written with hyphens."
+def _as_known(argument, known):
+    "The same argument, its flag spelled as the parser knows it: with hyphens or underscores."
     flag, equals, value = argument.partition('=')
-    return (flag.replace('_', '-') if flag.startswith('--') else flag) + equals + value
+    spellings = (flag, flag.replace('_', '-'), '--' + flag[2:].replace('-', '_'))
+    if flag.startswith('--'):
+        flag = next((s for s in spellings if s in known), flag)
+    return flag + equals + value
 
 
 def command(function):
@@ -26,8 +29,10 @@ def command(function):
 
     @wraps(function)
     def run(argv=None):
-        argv = [_with_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]
-        arguments = vars(anno_parser(function, prog=function.__name__).parse_args(argv))
+        parser = anno_parser(function, prog=function.__name__)
+        known = {flag for action in parser._actions for flag in action.option_strings}
+        argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
+        arguments = vars(parser.parse_args(argv))
         for of_fastcore in ('pdb', 'xtra'):
             arguments.pop(of_fastcore, None)
         try:

@@ -126,6 +126,8 @@ def down_and_up(
     antialias: bool = True,  # on the way down
 ) -> Image.Image:  # of the same size
     "Shrink a photo and enlarge it again: its fine detail is lost."
+    if not (width > 0 and height > 0):
+        raise PhotoError(f'Shrinking to {width}×{height} of the size is not possible: above 0.')
     w, h = max(round(width * photo.width), 1), max(round(height * photo.height), 1)
     return resize(resize(photo, w, h, down, antialias), *photo.size, up)
 
@@ -138,6 +140,8 @@ def shrink(
     antialias: bool = True,
 ) -> Image.Image:  # `scale` times smaller per side
     "A low-resolution version of a photo, for networks that enlarge."
+    if scale < 1:
+        raise PhotoError(f'Shrinking {scale} times is not possible: 1 or more.')
     if photo.width % scale or photo.height % scale:
         raise PhotoError(
             f'A photo of {photo.width}×{photo.height} can not shrink evenly by {scale}.'
@@ -154,6 +158,8 @@ def jpeg(
     "Save a photo as JPEG in memory and open it again."
     if not 1 <= quality <= 95:
         raise PhotoError(f'A JPEG quality of {quality} is not possible: 1 to 95.')
+    if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
+        raise PhotoError(f'There is no subsampling {subsampling!r}: 4:2:0, 4:2:2 or 4:4:4.')
     buffer = io.BytesIO()
     photo.save(buffer, 'jpeg', quality=int(quality), subsampling=subsampling)
     return Image.open(buffer).convert(photo.mode)
@@ -166,7 +172,7 @@ def blur(
     kind: str = 'gaussian',  # or 'box'
 ) -> Image.Image:
     "Blur a photo."
-    if radius < 0:
+    if not 0 <= radius < float('inf'):
         raise PhotoError(f'A blur of radius {radius} is not possible: 0 or more.')
     kinds = {'gaussian': ImageFilter.GaussianBlur, 'box': ImageFilter.BoxBlur}
     if kind not in kinds:
@@ -182,7 +188,7 @@ def noise(
     seed: int = 0,
 ) -> Image.Image:
     "Add Gaussian noise to a photo."
-    if sigma < 0:
+    if not 0 <= sigma < float('inf'):
         raise PhotoError(f'Noise of sigma {sigma} is not possible: 0 or more.')
     pixels = np.asarray(photo, np.float32)
     shape = (*pixels.shape[:2], 1)[: pixels.ndim] if gray else pixels.shape
@@ -272,6 +278,8 @@ def rescale(
     factor: float = 0.5,  # of each side
 ) -> Image.Image:
     "Resize a photo by a factor, with antialiased bicubic."
+    if not factor > 0:
+        raise PhotoError(f'Rescaling by {factor} is not possible: above 0.')
     return resize(photo, max(round(photo.width * factor), 1), max(round(photo.height * factor), 1))
 
 
@@ -281,6 +289,8 @@ def trim(
     multiple: int = 4,  # both sides become divisible by this
 ) -> Image.Image:
     "Cut off the few pixels at the right and bottom that don't divide evenly."
+    if multiple < 1:
+        raise PhotoError(f'A multiple of {multiple} is not possible: 1 or more.')
     w, h = photo.width // multiple * multiple, photo.height // multiple * multiple
     if not w or not h:
         raise PhotoError(
@@ -297,6 +307,8 @@ def crop(
     y: float = 0.5,  # 0 is the top, 1 the bottom
 ) -> Image.Image:  # size × size
     "Cut a square out of a photo. Raises `PhotoError` where the photo is smaller."
+    if size < 1:
+        raise PhotoError(f'A crop of {size} pixels is not possible: 1 or more.')
     if size > min(photo.size):
         raise PhotoError(
             f'A photo of {photo.width}×{photo.height} is smaller than the crop of {size}×{size}.'
@@ -331,7 +343,7 @@ class OneOf:
         if not choices:
             raise PhotoError('OneOf needs at least one choice.')
         weights = weights or [1] * len(choices)
-        if len(weights) != len(choices) or min(weights) < 0 or not sum(weights):
+        if len(weights) != len(choices) or min(weights) < 0 or not 0 < sum(weights) < float('inf'):
             raise PhotoError(f'OneOf has {len(choices)} choices but weights {weights}.')
         self.choices, self.chances = choices, [w / sum(weights) for w in weights]
 
@@ -392,7 +404,7 @@ def dice(
         return np.random.default_rng()
     if seed < 0:
         raise PhotoError(f'A seed of {seed} is not possible: 0 or more.')
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, 'big')])
 
 
@@ -426,7 +438,7 @@ class Recipe:
         "Decide what happens to the photo `name`, without looking at it."
         rng = dice(seed, name)
         before = [s for step in self.before for s in step.draw(rng)]
-        if size:
+        if size is not None:
             before += Step('crop', size=size, x=Between(0.0, 1.0), y=Between(0.0, 1.0)).draw(rng)
         order = rng.permutation(len(self.steps)) if self.shuffled else range(len(self.steps))
         steps = [
@@ -608,7 +620,8 @@ def _guarded(work, task):
     try:
         work(*task)
     except PhotoError as e:
-        return str(e)
+        # an operation does not know which photo it works on
+        return str(e) if str(task[0]) in str(e) else f"'{task[0]}': {e}"
     except Exception as e:
         return f"'{task[0]}' failed ({type(e).__name__}: {e})."
 
@@ -630,21 +643,57 @@ def _in_processes(work, tasks, n_workers):
         finally:
             pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/01_crappify.ipynb #ac70d6c3
+# %% ../nbs/01_crappify.ipynb #bb9d8cf7
+def _logged(log):
+    "Yield name, job and error of each row that an earlier run wrote; nothing if there was none."
+    if not log.exists():
+        return
+    try:
+        with log.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
+            table = csv.reader(file)
+            if next(table, None) != ['fname', 'job', 'error']:
+                raise ValueError
+            for row in table:
+                name, job, error = row  # a row of another length is not ours
+                yield row
+    except (csv.Error, ValueError):
+        raise PhotoError(
+            f"'{log}' was there before, not made by this command. "
+            'Choose another folder, so that it is not lost.'
+        ) from None
+
+
 def _write_log(log, sources, job, errors):
     "Write the CSV of a folder run: a row per file, with its job and, where it failed, why."
-    # jobs are drawn again, a row at a time: keeping a million of them would fill the memory
-    with write_atomically(log) as part, part.open('w', newline='', encoding='utf-8') as file:
-        rows = csv.writer(file)
-        rows.writerow(['fname', 'job', 'error'])
-        rows.writerows((t, json.dumps(job(t)), errors.get(t, '')) for t in sources)
+    # rows are read and drawn one at a time: a million of them would fill the memory
+    with write_atomically(log) as part:
+        with part.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            rows = csv.writer(file)
+            rows.writerow(['fname', 'job', 'error'])
+            rows.writerows((t, json.dumps(job(t)), errors.get(t, '')) for t in sources)
+            # what is still there of a photo that is not any more, or of another format, stays ours
+            others = (row for row in _logged(log) if row[0] not in sources)
+            rows.writerows(row for row in others if (log.parent / row[0]).exists())
 
 
+def _still_good(folder, log, sources, job):
+    "The names whose file in `folder` an earlier run made as it would be made now; and the others."
+    ours = {name: j == json.dumps(job(name)) for name, j, _ in _logged(log) if name in sources}
+    there = [name for name in sources if (folder / name).exists()]
+    foreign = [name for name in there if name not in ours]
+    if foreign:
+        raise PhotoError(
+            f"'{folder / foreign[0]}' was there before, not made by this command ({len(foreign)} "
+            'photos in all). Choose another folder, so that none is lost.'
+        )
+    return {n for n in there if ours[n]}, [n for n in there if not ours[n]]
+
+# %% ../nbs/01_crappify.ipynb #ac70d6c3
 def run_folder(
     work: Callable,  # function(source, targets, job): make a file in each output folder
     sources: dict,  # name in the output folders -> path of the photo to make it from
     folders: list[Path],  # output folders; a photo that is in all of them is done
-    log: str,  # name of the CSV file in the first of them: fname, job, error
+    log: str,  # name of the CSV file that each of them gets: fname, job, error
     job: Callable,  # function(name in the output folders) -> what to do, as anything JSON can hold
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
@@ -652,30 +701,21 @@ def run_folder(
     "Do what is not done yet, on all cores. May be killed at any moment and started again."
     if n_workers is not None and n_workers < 1:
         raise PhotoError(f'{n_workers} workers are not possible: 1 or more.')
-    log = folders[0] / log
-    for folder in folders:
-        for part in folder.rglob('.enhance-*.part'):
-            part.unlink(missing_ok=True)  # of a killed run
-    there = {name: [f / name for f in folders if (f / name).exists()] for name in sources}
-    done, ours = {name for name in there if len(there[name]) == len(folders)}, set()
-    if log.exists():
-        with log.open(newline='', encoding='utf-8') as file:
-            for row in csv.DictReader(file):
-                name = row['fname']
-                ours.add(name)
-                # made by another recipe or seed: it goes before the log says otherwise, so that
-                # being killed in between leaves it missing, not wrong
-                if name in sources and row['job'] != json.dumps(job(name)):
-                    for target in there[name]:
-                        target.unlink()
-                    done.discard(name)
-    foreign = [t for name in there if name not in ours for t in there[name]]
-    if foreign:
-        raise PhotoError(
-            f"'{foreign[0]}' was there before, not made by this command ({len(foreign)} photos in "
-            'all). Choose another folder, so that none is lost.'
-        )
-    _write_log(log, sources, job, {})
+    logs = [folder / log for folder in folders]
+    try:
+        found = [_still_good(f, log, sources, job) for f, log in zip(folders, logs)]
+        for folder, (_, outdated) in zip(folders, found):
+            for part in folder.rglob('.enhance-*.part'):
+                part.unlink(missing_ok=True)  # of a killed run
+            # made by another recipe or seed: it goes before the log says otherwise, so that being
+            # killed in between leaves it missing, not wrong
+            for name in outdated:
+                (folder / name).unlink()
+    except OSError as e:
+        raise PhotoError(f"'{e.filename}' can not be used: {e.strerror}.") from e
+    done = set.intersection(*(good for good, _ in found))
+    for path in logs:
+        _write_log(path, sources, job, {})
     todo = [name for name in sources if name not in done]
     tasks = ((sources[name], [f / name for f in folders], job(name)) for name in todo)
     errors = _in_processes(work, tasks, n_workers or os.cpu_count())
@@ -684,7 +724,8 @@ def run_folder(
         results = progress_bar(results, total=len(todo))
     failed = {name: error for name, error in results if error}
     if failed:
-        _write_log(log, sources, job, failed)
+        for path in logs:
+            _write_log(path, sources, job, failed)
     return FolderReport(len(todo) - len(failed), len(done), failed)
 
 # %% ../nbs/01_crappify.ipynb #7e1b672a
@@ -710,13 +751,13 @@ def _targets(path, format=None):
     suffix = '.' + format.lower().lstrip('.')
     if suffix not in SUFFIXES:
         raise PhotoError(f'There is no format {format!r}. {nearest_names(suffix, SUFFIXES)}')
-    stems = Counter(str(Path(name).with_suffix('')) for name in photos)
+    short = {name: Path(name).with_suffix(suffix).as_posix() for name in photos}
+    uses, long = Counter(short.values()), {name + suffix for name in photos}
     # cat.jpg and cat.png would both become cat.png: these keep their whole name
-    targets = {}
-    for name, photo in photos.items():
-        alone = stems[str(Path(name).with_suffix(''))] == 1
-        targets[Path(name).with_suffix(suffix).as_posix() if alone else name + suffix] = photo
-    return targets
+    return {
+        short[name] if uses[short[name]] == 1 and short[name] not in long else name + suffix: photo
+        for name, photo in photos.items()
+    }
 
 # %% ../nbs/01_crappify.ipynb #cf34d4cf
 def _crappify_one(source, targets, plan):
@@ -738,6 +779,12 @@ def crappify_folder(
 ) -> FolderReport:
     "Crappify all photos of a folder. What happens to each depends on the seed and its name alone."
     recipe = get_recipe(recipe)
+    # impossible settings are refused before anything is read or written
+    if seed is None:
+        raise PhotoError('A folder needs a seed, so that a run can go on: a number, 0 or more.')
+    dice(seed)
+    if size is not None and size < 1:
+        raise PhotoError(f'A size of {size} pixels is not possible: 1 or more.')
     if (recipe.before or size) and not good_path:
         raise PhotoError(
             f"Recipe '{recipe.name}'{f' with size {size}' if size else ''} changes the good photos "

@@ -43,7 +43,7 @@ test: $(READY)  ## everything that CI runs
 	@echo '== nbdev: every notebook, and the tests in it'
 	@ENHANCE_BUDGET=smoke $(BIN)/nbdev-test --n-workers 2
 	@echo '== pytest: the promises of the project, and what lessons are the wrong place for'
-	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q tests
+	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx tests
 
 bench: $(READY)  ## measure speed and quality side by side
 	@$(BIN)/python tools/bench.py

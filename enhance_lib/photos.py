@@ -177,7 +177,7 @@ def use_small_figures():
 # %% ../nbs/00_photos.ipynb #0787ba37
 Image.init()
 FORMATS = tuple(  # what may be opened; a Pillow built without one of them still works
-    f for f in 'JPEG PNG WEBP TIFF BMP GIF PPM JPEG2000 AVIF'.split() if f in Image.OPEN
+    f for f in 'JPEG PNG WEBP TIFF BMP GIF PPM AVIF'.split() if f in Image.OPEN
 )
 SUFFIXES = tuple(sorted(s for s, f in Image.registered_extensions().items() if f in FORMATS))
 
@@ -408,8 +408,6 @@ def save_photo(
         options['quality'] = quality
     if format == 'JPEG':
         options['subsampling'] = '4:4:4'
-    if format == 'JPEG2000':  # Pillow would go by the temporary name
-        options['no_jp2'] = path.suffix.lower() in ('.j2k', '.j2c', '.jpc')
     with write_atomically(path) as temporary:
         try:
             photo.save(temporary, format, **options)

@@ -47,7 +47,9 @@ from enhance_lib.photos import (
 OPERATIONS = {}  # name -> function(photo, **parameters) -> photo
 
 
-def operation(function: Callable) -> Callable:
+def operation(
+    function: Callable,  # function(photo, **parameters) -> photo
+) -> Callable:
     "Enter a function that takes a photo (8-bit L or RGB) and returns one in `OPERATIONS`."
     OPERATIONS[function.__name__] = function
     return function
@@ -96,9 +98,9 @@ def _sample_rows(pixels, rows, kernel):
 
 @operation
 def resize(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     width: int,  # in pixels
-    height: int,
+    height: int,  # in pixels
     kernel: str = 'bicubic',  # a key of `KERNELS`
     antialias: bool = True,  # without it only 'nearest', 'bilinear' and 'bicubic'
 ) -> Image.Image:  # of the given size
@@ -118,7 +120,7 @@ def resize(
 # %% ../nbs/01_crappify.ipynb #d8d73aac
 @operation
 def down_and_up(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     width: float = 0.5,  # the width to shrink to, as a fraction of the photo's
     height: float = 0.5,  # the same for the height
     down: str = 'bicubic',  # kernel on the way down
@@ -137,7 +139,7 @@ def shrink(
     photo: Image.Image,  # sides divisible by `scale`: see `trim`
     scale: int = 4,  # how many times smaller per side
     kernel: str = 'bicubic',  # a key of `KERNELS`
-    antialias: bool = True,
+    antialias: bool = True,  # look at all old pixels
 ) -> Image.Image:  # `scale` times smaller per side
     "A low-resolution version of a photo, for networks that enlarge."
     if scale < 1:
@@ -151,7 +153,7 @@ def shrink(
 # %% ../nbs/01_crappify.ipynb #13682048
 @operation
 def jpeg(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     quality: int = 50,  # 1 (worst) to 95, as Pillow counts
     subsampling: str = '4:2:0',  # of the colours: '4:2:0', '4:2:2' or '4:4:4'
 ) -> Image.Image:
@@ -167,7 +169,7 @@ def jpeg(
 # %% ../nbs/01_crappify.ipynb #b319925e
 @operation
 def blur(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     radius: float = 1.0,  # in pixels: sigma of the Gaussian, or how far the box reaches
     kind: str = 'gaussian',  # or 'box'
 ) -> Image.Image:
@@ -182,10 +184,10 @@ def blur(
 
 @operation
 def noise(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     sigma: float = 10.0,  # standard deviation in levels of 0 to 255
     gray: bool = False,  # the same noise in all channels, like the grain of film
-    seed: int = 0,
+    seed: int = 0,  # the same seed gives the same noise
 ) -> Image.Image:
     "Add Gaussian noise to a photo."
     if not 0 <= sigma < float('inf'):
@@ -200,7 +202,7 @@ def noise(
 
 @operation
 def dither(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     colors: int = 16,  # 2 to 256
 ) -> Image.Image:
     "Show a photo with few colours, chosen for it, scattered as dots (Floyd-Steinberg)."
@@ -213,7 +215,7 @@ def dither(
 # %% ../nbs/01_crappify.ipynb #e4808f69
 @operation
 def brightness(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     factor: float = 1.0,  # 1 changes nothing, 0 is black
 ) -> Image.Image:
     "Make a photo darker or brighter."
@@ -222,7 +224,7 @@ def brightness(
 
 @operation
 def contrast(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     factor: float = 1.0,  # 1 changes nothing, 0 is plain gray
 ) -> Image.Image:
     "Make a photo flatter or harsher."
@@ -231,7 +233,7 @@ def contrast(
 
 @operation
 def color(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     factor: float = 1.0,  # 1 changes nothing, 0 is black and white
 ) -> Image.Image:
     "Make the colours of a photo paler or stronger."
@@ -240,8 +242,8 @@ def color(
 
 @operation
 def text(
-    photo: Image.Image,
-    words: str = 'crappify',
+    photo: Image.Image,  # 8-bit L or RGB
+    words: str = 'crappify',  # what to write
     x: float = 0.1,  # where the text starts, as a fraction of the width
     y: float = 0.5,  # and of the height
     size: float = 0.08,  # height of the letters, as a fraction of the photo's height
@@ -256,14 +258,16 @@ def text(
 
 # %% ../nbs/01_crappify.ipynb #ec038edc
 @operation
-def gray(photo: Image.Image) -> Image.Image:  # mode L
+def gray(
+    photo: Image.Image,  # 8-bit L or RGB
+) -> Image.Image:  # mode L
     "Make a photo gray."
     return photo.convert('L')
 
 
 @operation
 def rotate(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     degrees: int = 90,  # 90, 180 or 270, counter-clockwise
 ) -> Image.Image:
     "Turn a photo by quarter turns, without touching a pixel's value."
@@ -274,7 +278,7 @@ def rotate(
 
 @operation
 def rescale(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     factor: float = 0.5,  # of each side
 ) -> Image.Image:
     "Resize a photo by a factor, with antialiased bicubic."
@@ -285,7 +289,7 @@ def rescale(
 
 @operation
 def trim(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     multiple: int = 4,  # both sides become divisible by this
 ) -> Image.Image:
     "Cut off the few pixels at the right and bottom that don't divide evenly."
@@ -301,7 +305,7 @@ def trim(
 
 @operation
 def crop(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     size: int = 128,  # side of the square, in pixels
     x: float = 0.5,  # where: 0 is the left edge, 1 the right
     y: float = 0.5,  # 0 is the top, 1 the bottom
@@ -331,6 +335,7 @@ class Between:
             )
 
     def draw(self, rng):
+        "A number drawn from a `np.random.Generator`."
         if isinstance(self.low, int) and isinstance(self.high, int):
             return int(rng.integers(self.low, self.high, endpoint=True))
         return round(float(rng.uniform(self.low, self.high)), 4)
@@ -348,6 +353,7 @@ class OneOf:
         self.choices, self.chances = choices, [w / sum(weights) for w in weights]
 
     def draw(self, rng):
+        "A choice drawn from a `np.random.Generator`."
         return drawn(self.choices[rng.choice(len(self.choices), p=self.chances)], rng)
 
     def __repr__(self):
@@ -409,7 +415,7 @@ def dice(
 
 
 def apply_steps(
-    photo: Image.Image,
+    photo: Image.Image,  # 8-bit L or RGB
     steps: list,  # [[operation, parameters], …], as `Recipe.draw` gives them
 ) -> Image.Image:
     "Do what was drawn to a photo."
@@ -432,7 +438,7 @@ class Recipe:
     def draw(
         self,
         seed: int | None = None,  # see `dice`
-        name: str = '',
+        name: str = '',  # of the photo
         size: int | None = None,  # cut a square of this side, in pixels, out of the photo first
     ) -> dict:  # {'before': [[operation, parameters], …], 'steps': […]}
         "Decide what happens to the photo `name`, without looking at it."
@@ -449,9 +455,9 @@ class Recipe:
     def pair(
         self,
         photo: Image.Image,  # 8-bit RGB
-        seed: int | None = None,
-        name: str = '',
-        size: int | None = None,
+        seed: int | None = None,  # see `dice`
+        name: str = '',  # of the photo
+        size: int | None = None,  # cut a square of this side, in pixels, out of the photo first
     ) -> tuple[Image.Image, Image.Image]:  # bad, good
         "Make a pair for training: the bad photo, and the good one it should have been."
         plan = self.draw(seed, name, size)
@@ -579,7 +585,7 @@ def get_recipe(
 
 
 def Degrader(
-    recipe: str | Recipe = 'image2',
+    recipe: str | Recipe = 'image2',  # a key of `RECIPES`, or a recipe of your own
     seed: int | None = None,  # None: different each time
 ) -> Callable:  # function(photo) -> bad photo
     "A function that makes photos bad, to be called without any settings: `Degrader()(photo)`."

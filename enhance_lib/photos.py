@@ -42,8 +42,7 @@ class Budget:
 
     def __init__(
         self,
-        name: str
-        | None = None,  # one of `Budget.names`; by default `ENHANCE_BUDGET`, or else `lesson`
+        name: str | None = None,  # by default `ENHANCE_BUDGET`, or else 'lesson'
     ):
         self.name = name or os.environ.get('ENHANCE_BUDGET') or 'lesson'
         if self.name not in self.names:
@@ -529,7 +528,7 @@ def read_table(
 # %% ../nbs/00_photos.ipynb #69ae60d5
 def tile_boxes(
     width: int,  # of the photo, in pixels
-    height: int,
+    height: int,  # the same
     tile: int = 256,  # side of a tile, in pixels
     overlap: int = 32,  # pixels that neighbours share, at least
 ) -> list[tuple]:  # (left, top, right, bottom) of each tile, row by row
@@ -553,7 +552,7 @@ def tile_boxes(
 
 # %% ../nbs/00_photos.ipynb #43b67450
 def cut_tiles(
-    photo: Image.Image,
+    photo: Image.Image,  # of mode L, LA, RGB or RGBA
     tile: int = 256,  # side of a tile, in pixels
     overlap: int = 32,  # pixels that neighbours share, at least
 ) -> list[tuple]:  # (box, tile as a photo) pairs
@@ -595,7 +594,7 @@ def join_tiles(
 
 # %% ../nbs/00_photos.ipynb #24f34a70
 def make_sheet(
-    good: Image.Image,
+    good: Image.Image,  # of any size and mode
     bad: Image.Image,  # of the same size and mode
 ) -> Image.Image:  # twice as wide
     "Good (left) and bad (right) side by side in one picture."

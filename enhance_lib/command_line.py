@@ -7,6 +7,7 @@ __all__ = ['command', 'enhance_resize', 'enhance_crappify']
 
 # %% ../nbs/command_line.ipynb #ac6a1d4d
 import sys
+import warnings
 from functools import wraps
 
 from fastcore.script import anno_parser
@@ -33,6 +34,7 @@ def command(function):
         known = {flag for action in parser._actions for flag in action.option_strings}
         argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
         arguments = vars(parser.parse_args(argv))
+        warnings.formatwarning = lambda message, *where: f'{message}\n'  # a sentence, no code
         for of_fastcore in ('pdb', 'xtra'):
             arguments.pop(of_fastcore, None)
         try:

@@ -38,6 +38,7 @@ from enhance_lib.photos import (
     SUFFIXES,
     PhotoError,
     find_photos,
+    kept_info,
     open_photo,
     save_photo,
     write_atomically,
@@ -53,6 +54,12 @@ def operation(
     "Enter a function that takes a photo (8-bit L or RGB) and returns one in `OPERATIONS`."
     OPERATIONS[function.__name__] = function
     return function
+
+
+def _within(what, value, low, high):
+    "Check that `value` is a number from `low` to `high`."
+    if not low <= value <= high:
+        raise PhotoError(f'{what} of {value} is not possible: {low} to {high}.')
 
 
 def nearest_names(
@@ -82,17 +89,25 @@ def _keys_cubic(distance, a=-0.5):
     return np.where(d <= 1, near, np.where(d < 2, far, 0))
 
 
+def _lanczos(distance):
+    "Weight of an old pixel at `distance` pixels: a sinc under the middle of a wider one."
+    return np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+
+
 def _sample_rows(pixels, rows, kernel):
-    "Resize the first axis of `pixels` (height, …) to `rows`, looking at 2 or 4 old rows for each."
-    taps, weight = {'bilinear': (2, lambda d: 1 - np.abs(d)), 'bicubic': (4, _keys_cubic)}[kernel]
-    where = (np.arange(rows) + 0.5) * len(
-        pixels
-    ) / rows - 0.5  # centre of each new row among the old
-    first = np.floor(where).astype(int) - taps // 2 + 1
+    "Resize the first axis of `pixels` (height, …) to `rows`, from 2, 4 or 6 old rows for each."
+    taps, weight = {
+        'bilinear': (2, lambda d: 1 - np.abs(d)),
+        'bicubic': (4, _keys_cubic),
+        'lanczos': (6, _lanczos),
+    }[kernel]
+    where = (np.arange(rows) + 0.5) * len(pixels) / rows - 0.5  # centre of each new among the old
+    old = np.floor(where).astype(int) - taps // 2 + 1 + np.arange(taps)[:, None]  # (taps, rows)
+    weights = weight(where - old)
+    weights /= weights.sum(0)  # those of lanczos don't quite add up to 1
     result = 0
-    for old in first + np.arange(taps)[:, None]:  # (rows,): an old row for each new one
-        w = weight(where - old).reshape(-1, *[1] * (pixels.ndim - 1))
-        result = result + w * pixels[old.clip(0, len(pixels) - 1)]  # the border row goes on outside
+    for row, w in zip(old.clip(0, len(pixels) - 1), weights):  # the border row goes on outside
+        result = result + w.reshape(-1, *[1] * (pixels.ndim - 1)) * pixels[row]
     return result
 
 
@@ -102,17 +117,17 @@ def resize(
     width: int,  # in pixels
     height: int,  # in pixels
     kernel: str = 'bicubic',  # a key of `KERNELS`
-    antialias: bool = True,  # without it only 'nearest', 'bilinear' and 'bicubic'
+    antialias: bool = True,  # look at all old pixels; without it 'box' is the same as 'nearest'
 ) -> Image.Image:  # of the given size
-    "Resize a photo."
+    "Resize a photo. Raises `PhotoError` for an unknown kernel or an impossible size."
     if kernel not in KERNELS:
         raise PhotoError(f'There is no kernel {kernel!r}. {nearest_names(kernel, KERNELS)}')
     if min(width, height) < 1:
         raise PhotoError(f'A photo of {width}×{height} pixels is not possible.')
+    if kernel == 'box' and not antialias:
+        kernel = 'nearest'
     if antialias or kernel == 'nearest':
         return photo.resize((width, height), KERNELS[kernel])
-    if kernel in ('box', 'lanczos'):
-        raise PhotoError(f'Kernel {kernel!r} is there with antialiasing only.')
     pixels = _sample_rows(np.asarray(photo, np.float32), height, kernel)
     pixels = _sample_rows(pixels.swapaxes(0, 1), width, kernel).swapaxes(0, 1)
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8), photo.mode)
@@ -127,9 +142,9 @@ def down_and_up(
     up: str = 'bicubic',  # kernel on the way up
     antialias: bool = True,  # on the way down
 ) -> Image.Image:  # of the same size
-    "Shrink a photo and enlarge it again: its fine detail is lost."
-    if not (width > 0 and height > 0):
-        raise PhotoError(f'Shrinking to {width}×{height} of the size is not possible: above 0.')
+    "Shrink a photo and enlarge it again: its fine detail is lost. Raises `PhotoError`."
+    _within('A width', width, 1e-4, 10)
+    _within('A height', height, 1e-4, 10)
     w, h = max(round(width * photo.width), 1), max(round(height * photo.height), 1)
     return resize(resize(photo, w, h, down, antialias), *photo.size, up)
 
@@ -157,7 +172,7 @@ def jpeg(
     quality: int = 50,  # 1 (worst) to 95, as Pillow counts
     subsampling: str = '4:2:0',  # of the colours: '4:2:0', '4:2:2' or '4:4:4'
 ) -> Image.Image:
-    "Save a photo as JPEG in memory and open it again."
+    "Save a photo as JPEG in memory and open it again. Raises `PhotoError` for a bad quality."
     if not 1 <= quality <= 95:
         raise PhotoError(f'A JPEG quality of {quality} is not possible: 1 to 95.')
     if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
@@ -173,7 +188,7 @@ def blur(
     radius: float = 1.0,  # in pixels: sigma of the Gaussian, or how far the box reaches
     kind: str = 'gaussian',  # or 'box'
 ) -> Image.Image:
-    "Blur a photo."
+    "Blur a photo. Raises `PhotoError` for an impossible radius or an unknown kind."
     if not 0 <= radius < float('inf'):
         raise PhotoError(f'A blur of radius {radius} is not possible: 0 or more.')
     kinds = {'gaussian': ImageFilter.GaussianBlur, 'box': ImageFilter.BoxBlur}
@@ -189,7 +204,7 @@ def noise(
     gray: bool = False,  # the same noise in all channels, like the grain of film
     seed: int = 0,  # the same seed gives the same noise
 ) -> Image.Image:
-    "Add Gaussian noise to a photo."
+    "Add Gaussian noise to a photo. Raises `PhotoError` for an impossible sigma."
     if not 0 <= sigma < float('inf'):
         raise PhotoError(f'Noise of sigma {sigma} is not possible: 0 or more.')
     pixels = np.asarray(photo, np.float32)
@@ -206,7 +221,7 @@ def dither(
     colors: int = 16,  # 2 to 256
 ) -> Image.Image:
     "Show a photo with few colours, chosen for it, scattered as dots (Floyd-Steinberg)."
-    if not 2 <= colors <= 256:
+    if colors not in range(2, 257):
         raise PhotoError(f'Dithering with {colors} colours is not possible: 2 to 256.')
     palette = photo.convert('RGB').quantize(colors)
     dots = photo.convert('RGB').quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
@@ -219,6 +234,7 @@ def brightness(
     factor: float = 1.0,  # 1 changes nothing, 0 is black
 ) -> Image.Image:
     "Make a photo darker or brighter."
+    _within('A factor', factor, 0, 100)
     return ImageEnhance.Brightness(photo).enhance(factor)
 
 
@@ -228,6 +244,7 @@ def contrast(
     factor: float = 1.0,  # 1 changes nothing, 0 is plain gray
 ) -> Image.Image:
     "Make a photo flatter or harsher."
+    _within('A factor', factor, 0, 100)
     return ImageEnhance.Contrast(photo).enhance(factor)
 
 
@@ -237,6 +254,7 @@ def color(
     factor: float = 1.0,  # 1 changes nothing, 0 is black and white
 ) -> Image.Image:
     "Make the colours of a photo paler or stronger."
+    _within('A factor', factor, 0, 100)
     return ImageEnhance.Color(photo).enhance(factor)
 
 
@@ -250,6 +268,9 @@ def text(
     shade: int = 255,  # 0 is black, 255 is white
 ) -> Image.Image:
     "Write on a photo."
+    for what, value in {'x': x, 'y': y, 'size': size}.items():
+        _within(f'A text {what}', value, 0, 1)
+    _within('A shade', shade, 0, 255)
     photo = photo.copy()
     font = ImageFont.load_default(max(size * photo.height, 6))
     fill = shade if photo.mode == 'L' else (shade,) * 3
@@ -282,9 +303,9 @@ def rescale(
     factor: float = 0.5,  # of each side
 ) -> Image.Image:
     "Resize a photo by a factor, with antialiased bicubic."
-    if not factor > 0:
-        raise PhotoError(f'Rescaling by {factor} is not possible: above 0.')
-    return resize(photo, max(round(photo.width * factor), 1), max(round(photo.height * factor), 1))
+    _within('A factor', factor, 1e-4, 10)
+    width, height = (max(round(side * factor), 1) for side in photo.size)
+    return resize(photo, width, height)
 
 
 @operation
@@ -313,6 +334,8 @@ def crop(
     "Cut a square out of a photo. Raises `PhotoError` where the photo is smaller."
     if size < 1:
         raise PhotoError(f'A crop of {size} pixels is not possible: 1 or more.')
+    _within('A place x', x, 0, 1)
+    _within('A place y', y, 0, 1)
     if size > min(photo.size):
         raise PhotoError(
             f'A photo of {photo.width}×{photo.height} is smaller than the crop of {size}×{size}.'
@@ -329,7 +352,7 @@ class Between:
     high: float
 
     def __post_init__(self):
-        if not self.low <= self.high:
+        if not -float('inf') < self.low <= self.high < float('inf'):
             raise PhotoError(
                 f'Between({self.low}, {self.high}) is upside down: the lower number comes first.'
             )
@@ -338,7 +361,7 @@ class Between:
         "A number drawn from a `np.random.Generator`."
         if isinstance(self.low, int) and isinstance(self.high, int):
             return int(rng.integers(self.low, self.high, endpoint=True))
-        return round(float(rng.uniform(self.low, self.high)), 4)
+        return float(rng.uniform(self.low, self.high))
 
 
 class OneOf:
@@ -405,7 +428,7 @@ def dice(
     seed: int | None = None,  # 0 or more; None for dice that never fall the same way again
     name: str = '',  # of the photo
 ) -> np.random.Generator:
-    "Random numbers that depend on a seed and a name alone."
+    "Random numbers that depend on a seed and a name alone. Raises `PhotoError` below 0."
     if seed is None:
         return np.random.default_rng()
     if seed < 0:
@@ -419,8 +442,13 @@ def apply_steps(
     steps: list,  # [[operation, parameters], …], as `Recipe.draw` gives them
 ) -> Image.Image:
     "Do what was drawn to a photo."
+    info = kept_info(photo)
     for op, parameters in steps:
         photo = OPERATIONS[op](photo, **parameters)
+        if photo.mode == 'L':
+            info.pop('icc_profile', None)  # it would describe colours
+    if steps:
+        photo.info = info
     return photo
 
 
@@ -433,7 +461,7 @@ class Recipe:
     before: tuple = ()  # steps for the good photo too, so that good and bad stay a pair
     shuffled: bool = False  # draw the order of `steps` as well
     last: tuple = ()  # steps that come after the shuffled ones
-    about: str = ''
+    about: str = ''  # what it does, in a few words
 
     def draw(
         self,
@@ -489,7 +517,7 @@ RECIPES = {
                 Step('contrast', p=0.001, factor=_SLIGHTLY),
                 Step('down_and_up', p=0.95, width=_SMALLER, height=_SMALLER, down=_ANY, up=_ANY),
             ),
-            about='low JPEG quality, then small and large again, each axis on its own (Image 2.0)',
+            about='JPEG, then small and large again (Image 2.0)',
         ),
         Recipe(
             'gan',
@@ -512,7 +540,7 @@ RECIPES = {
                 ),
                 Step('dither', p=0.5, colors=Between(8, 32)),
             ),
-            about='low resolution, wrong contrast, text, dithering (GANs for image enhancement)',
+            about='small and large, contrast, text, dithering',
         ),
         Recipe(
             'jpeg10',
@@ -521,13 +549,13 @@ RECIPES = {
                 Step('rescale', p=0.5, factor=OneOf(0.9, 0.8, 0.7, 0.6)),
                 Step('rotate', p=0.5, degrees=OneOf(90, 180, 270)),
             ),
-            about='JPEG of quality 10; the good photo is rescaled and turned (Image restorer)',
+            about='JPEG of quality 10; good is rescaled, turned',
         ),
         Recipe(
             'skyline',
             (Step('jpeg', quality=20),),
             before=(Step('resize', width=1024, height=1024), Step('gray')),
-            about='1024×1024, gray, JPEG of quality 20 (SRCNN on skylines)',
+            about='1024×1024, gray, JPEG of quality 20',
         ),
         Recipe(
             'any-kernel',
@@ -541,7 +569,7 @@ RECIPES = {
                 ),
             ),
             before=(Step('trim', multiple=4),),
-            about='four times smaller, by a kernel drawn anew (real-time super-resolution)',
+            about='four times smaller, by any kernel',
         ),
         Recipe(
             'wild',
@@ -567,7 +595,7 @@ RECIPES = {
             ),
             shuffled=True,
             last=(Step('jpeg', quality=Between(20, 90), subsampling=OneOf('4:2:0', '4:4:4')),),
-            about='anything, up to twice, in any order, and JPEG at the end: photos from the web',
+            about='anything, twice, in any order, then JPEG',
         ),
     )
 }
@@ -605,9 +633,6 @@ class FolderReport:
         counts = f'made {self.made}, there already {self.kept}, failed {len(self.failed)}'
         return '\n'.join([f'Photos: {counts}', *(f'  {why}' for why in self.failed.values())])
 
-    def _repr_markdown_(self):
-        return str(self).replace('\n  ', '\n- ')
-
 
 def _start_worker():
     "Set up a worker process: leave Ctrl-C to the parent, and end when the parent is gone."
@@ -643,8 +668,8 @@ def _in_processes(work, tasks, n_workers):
                 yield from pool.map(partial(_guarded, work), batch, chunksize=4)
         except BrokenProcessPool:
             raise PhotoError(
-                'A worker process was ended from outside, perhaps for lack of memory. '
-                'Run again to go on, with fewer workers.'
+                'A worker process was ended from outside, perhaps for lack of memory, or could not '
+                'start. Run again to go on, with fewer workers.'
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -657,7 +682,7 @@ def _logged(log):
     try:
         with log.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
             table = csv.reader(file)
-            if next(table, None) != ['fname', 'job', 'error']:
+            if next(table, None) != ['fnames', 'job', 'error']:
                 raise ValueError
             for row in table:
                 name, job, error = row  # a row of another length is not ours
@@ -675,7 +700,7 @@ def _write_log(log, sources, job, errors):
     with write_atomically(log) as part:
         with part.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             rows = csv.writer(file)
-            rows.writerow(['fname', 'job', 'error'])
+            rows.writerow(['fnames', 'job', 'error'])
             rows.writerows((t, json.dumps(job(t)), errors.get(t, '')) for t in sources)
             # what is still there of a photo that is not any more, or of another format, stays ours
             others = (row for row in _logged(log) if row[0] not in sources)
@@ -699,12 +724,12 @@ def run_folder(
     work: Callable,  # function(source, targets, job): make a file in each output folder
     sources: dict,  # name in the output folders -> path of the photo to make it from
     folders: list[Path],  # output folders; a photo that is in all of them is done
-    log: str,  # name of the CSV file that each of them gets: fname, job, error
+    log: str,  # name of the CSV file that each of them gets: fnames, job, error
     job: Callable,  # function(name in the output folders) -> what to do, as anything JSON can hold
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
-    "Do what is not done yet, on all cores. May be killed at any moment and started again."
+    "Do what is not done yet, on all cores; may be killed and started again. Raises `PhotoError`."
     if n_workers is not None and n_workers < 1:
         raise PhotoError(f'{n_workers} workers are not possible: 1 or more.')
     logs = [folder / log for folder in folders]
@@ -742,11 +767,11 @@ def _beside(path, *others):
         for outer in folders[:i]:
             if inner.is_relative_to(outer) or outer.is_relative_to(inner):
                 raise PhotoError(
-                    f"'{inner.name}' and '{outer.name}' overlap. Choose a folder beside the photos."
+                    f"'{inner}' and '{outer}' overlap. Choose a folder beside the photos."
                 )
     for other in folders[1:]:
         if other.exists() and not other.is_dir():
-            raise PhotoError(f"'{other.name}' is a file, not a folder.")
+            raise PhotoError(f"'{other}' is a file, not a folder.")
 
 # %% ../nbs/01_crappify.ipynb #354285bc
 def _targets(path, format=None):
@@ -758,12 +783,11 @@ def _targets(path, format=None):
     if suffix not in SUFFIXES:
         raise PhotoError(f'There is no format {format!r}. {nearest_names(suffix, SUFFIXES)}')
     short = {name: Path(name).with_suffix(suffix).as_posix() for name in photos}
-    uses, long = Counter(short.values()), {name + suffix for name in photos}
+    # casefold: many disks take Cat.png and cat.png for the same file
+    uses, long = Counter(n.casefold() for n in short.values()), {name + suffix for name in photos}
     # cat.jpg and cat.png would both become cat.png: these keep their whole name
-    return {
-        short[name] if uses[short[name]] == 1 and short[name] not in long else name + suffix: photo
-        for name, photo in photos.items()
-    }
+    alone = {n for n in photos if uses[short[n].casefold()] == 1 and short[n] not in long}
+    return {short[n] if n in alone else n + suffix: photo for n, photo in photos.items()}
 
 # %% ../nbs/01_crappify.ipynb #cf34d4cf
 def _crappify_one(source, targets, plan):
@@ -783,7 +807,7 @@ def crappify_folder(
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
-    "Crappify all photos of a folder. What happens to each depends on the seed and its name alone."
+    "Crappify a folder: each photo by the seed and its name alone. Raises `PhotoError`."
     recipe = get_recipe(recipe)
     # impossible settings are refused before anything is read or written
     if seed is None:
@@ -824,7 +848,7 @@ def resize_folder(
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
-    "Resize all photos of a folder, keeping their proportions."
+    "Resize a folder of photos, keeping their proportions. Raises `PhotoError`."
     if size < 1:
         raise PhotoError(f'A size of {size} pixels is not possible: 1 or more.')
     _beside(path, resized_path)
@@ -848,15 +872,19 @@ class CrappifyPair(Transform):
         recipe: str | Recipe = 'image2',  # a key of `RECIPES`, or a recipe of your own
         size: int | None = None,  # cut a square of this side, in pixels, out of each photo first
         seed: int | None = None,  # None: drawn anew each time, from numpy's random state
+        path: str | Path | None = None,  # folder that names start from, as in `crappify_folder`
     ):
-        self.recipe, self.size, self.seed = get_recipe(recipe), size, seed
+        self.recipe, self.size, self.seed, self.path = get_recipe(recipe), size, seed, path
 
     def encodes(self, source):
         # here, not above: fastai brings torch, which the command line and the workers do without
         from fastai.vision.core import PILImage, PILImageBW
 
         seed = np.random.randint(2**31) if self.seed is None else self.seed
-        name = Path(source).name if isinstance(source, str | Path) else ''
+        name = ''
+        if isinstance(source, str | Path):
+            source = Path(source)
+            name = source.relative_to(self.path).as_posix() if self.path else source.name
         pair = self.recipe.pair(open_photo(source), seed, name, self.size)
         return tuple((PILImageBW if photo.mode == 'L' else PILImage)(photo) for photo in pair)
 

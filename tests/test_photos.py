@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -811,7 +810,7 @@ def test_wrong_suffix_does_not_matter(tmp_path):
     assert_same(open_photo(path), noise())
 
 
-def test_bomb_is_refused_by_its_header():
+def test_bomb_is_refused_by_its_header(monkeypatch):
     "None of these has pixels: who looked further than the header would call it damaged."
     bombs = {
         'PNG': png(30_000, 30_000, 8, 2, []),
@@ -821,11 +820,10 @@ def test_bomb_is_refused_by_its_header():
         + struct.pack('<IiiHHIIiiII', 40, 30_000, 30_000, 1, 24, 0, 0, 0, 0, 0, 0),
         'PPM': b'P6 30000 30000 255\n',
     }  # fmt: skip
+    monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('its pixels were asked for'))
     for kind, data in bombs.items():
-        start = time.perf_counter()
         with refused(f"'{kind}'", 'million pixels', 'MAX_IMAGE_PIXELS'):
             open_photo(data, name=kind)
-        assert time.perf_counter() - start < 1
 
 
 def test_large_photos_are_no_bombs(monkeypatch):
@@ -1308,3 +1306,10 @@ def test_check(shown):
     assert 'not right yet' in shown[2]
     assert 'KeyError' in shown[3] and 'y' in shown[3]
     assert all('Not yet' in text for text in shown[1:])
+
+
+def test_profile_outlives_tiles_and_sheets():
+    photo = noise((40, 30))
+    photo.info = {'icc_profile': b'a profile'}
+    assert join_tiles(cut_tiles(photo, 16, 4), 4).info == {'icc_profile': b'a profile'}
+    assert make_sheet(photo, photo).info == {'icc_profile': b'a profile'}

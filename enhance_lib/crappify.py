@@ -173,8 +173,7 @@ def jpeg(
     subsampling: str = '4:2:0',  # of the colours: '4:2:0', '4:2:2' or '4:4:4'
 ) -> Image.Image:
     "Save a photo as JPEG in memory and open it again. Raises `PhotoError` for a bad quality."
-    if not 1 <= quality <= 95:
-        raise PhotoError(f'A JPEG quality of {quality} is not possible: 1 to 95.')
+    _within('A JPEG quality', quality, 1, 95)
     if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
         raise PhotoError(f'There is no subsampling {subsampling!r}: 4:2:0, 4:2:2 or 4:4:4.')
     buffer = io.BytesIO()
@@ -399,8 +398,7 @@ class Step:
     ):
         if op not in OPERATIONS:
             raise PhotoError(f'There is no operation {op!r}. {nearest_names(op, OPERATIONS)}')
-        if not 0 <= p <= 1:
-            raise PhotoError(f'{op}: a probability of {p} is not possible: 0 to 1.')
+        _within(f'{op}: a probability', p, 0, 1)
         self.known = list(inspect.signature(OPERATIONS[op]).parameters)[1:]
         for name in parameters:
             if name not in self.known:
@@ -664,6 +662,8 @@ def _in_processes(work, tasks, n_workers):
         return
     with ProcessPoolExecutor(n_workers, initializer=_start_worker) as pool:
         try:
+            # a batch keeps all workers busy, and holds few results; four tasks at a time make
+            # the way to a worker cheap beside the work
             for batch in chunked(tasks, 32 * n_workers):
                 yield from pool.map(partial(_guarded, work), batch, chunksize=4)
         except BrokenProcessPool:
@@ -791,6 +791,7 @@ def _targets(path, format=None):
 
 # %% ../nbs/01_crappify.ipynb #cf34d4cf
 def _crappify_one(source, targets, plan):
+    "Write the bad photo, and the good one where `targets` has a second path."
     good = apply_steps(open_photo(source), plan['before'])
     for photo, target in zip((apply_steps(good, plan['steps']), good), targets):
         save_photo(photo, target)
@@ -835,6 +836,7 @@ def crappify_folder(
 
 
 def _resize_one(source, targets, job):
+    "Write the photo with its shorter side `job['size']` pixels long."
     photo = open_photo(source)
     factor = job['size'] / min(photo.size)
     width, height = (max(round(side * factor), job['size']) for side in photo.size)

@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'enhance_lib.photos._profile_space': ('photos.html#_profile_space', 'enhance_lib/photos.py'),
                                     'enhance_lib.photos._refuse_misread': ('photos.html#_refuse_misread', 'enhance_lib/photos.py'),
                                     'enhance_lib.photos._to_mode': ('photos.html#_to_mode', 'enhance_lib/photos.py'),
+                                    'enhance_lib.photos._unknown_range': ('photos.html#_unknown_range', 'enhance_lib/photos.py'),
                                     'enhance_lib.photos._unpack': ('photos.html#_unpack', 'enhance_lib/photos.py'),
                                     'enhance_lib.photos._upright': ('photos.html#_upright', 'enhance_lib/photos.py'),
                                     'enhance_lib.photos._why_not_a_photo': ('photos.html#_why_not_a_photo', 'enhance_lib/photos.py'),

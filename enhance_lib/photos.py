@@ -182,15 +182,20 @@ FORMATS = tuple(  # what may be opened; a Pillow built without one of them still
 SUFFIXES = tuple(sorted(s for s, f in Image.registered_extensions().items() if f in FORMATS))
 
 # %% ../nbs/00_photos.ipynb #31eaf54c
+def _unknown_range(image, name):
+    "The error for numbers that may mean anything."
+    return PhotoError(
+        f'{name} holds numbers of unknown range (mode {image.mode}). '
+        'Save it as an 8-bit or 16-bit picture first.'
+    )
+
+
 def _eight_bits(image, name):
     "The same image with 8 bits per channel."
     if image.mode.startswith('I') or image.mode == 'F':
         pixels = np.asarray(image)
         if image.mode == 'F' or pixels.min() < 0 or pixels.max() > 65535:
-            raise PhotoError(
-                f'{name} holds numbers of unknown range (mode {image.mode}). '
-                'Save it as an 8-bit or 16-bit picture first.'
-            )
+            raise _unknown_range(image, name)
         info = image.info
         image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
         image.info = info
@@ -309,10 +314,7 @@ def _refuse_misread(image, name):
     if image.format != 'TIFF':
         return
     if image.mode == 'I':  # in a TIFF these are 32 bits; in a PGM 16, which _eight_bits handles
-        raise PhotoError(
-            f'{name} holds numbers of unknown range (mode I). '
-            'Save it as an 8-bit or 16-bit picture first.'
-        )
+        raise _unknown_range(image, name)
     bits, compression, planes = (image.tag_v2.get(tag) for tag in (258, 259, 284))
     if planes == 2 and compression in (None, 1) and max(bits or (1,)) > 8:
         raise PhotoError(f'{name} holds 16-bit colours plane by plane. Save it as PNG first.')

@@ -169,7 +169,7 @@ def show_photos(
 
 # %% ../nbs/00_photos.ipynb #05b5f8b6
 def use_small_figures():
-    "Keep the figures of this notebook as JPEG: a tenth of the size of PNG for photos."
+    "Keep the figures of this notebook as JPEG: about a quarter of the size of PNG."
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats('jpeg', pil_kwargs={'quality': 92})

@@ -171,7 +171,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'enhance_lib.srcnn.SRCNN.enhance': ('srcnn.html#srcnn.enhance', 'enhance_lib/srcnn.py'),
                                    'enhance_lib.srcnn.SRCNN.forward': ('srcnn.html#srcnn.forward', 'enhance_lib/srcnn.py'),
                                    'enhance_lib.srcnn._pad': ('srcnn.html#_pad', 'enhance_lib/srcnn.py'),
-                                   'enhance_lib.srcnn._trim': ('srcnn.html#_trim', 'enhance_lib/srcnn.py'),
                                    'enhance_lib.srcnn.as_psnr': ('srcnn.html#as_psnr', 'enhance_lib/srcnn.py'),
                                    'enhance_lib.srcnn.enlarge': ('srcnn.html#enlarge', 'enhance_lib/srcnn.py'),
                                    'enhance_lib.srcnn.fit': ('srcnn.html#fit', 'enhance_lib/srcnn.py'),

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from torch import nn
 from torch.nn import functional as F
 
-from .measure import TASKS, luma, rgb_to_ycbcr, ycbcr_to_rgb
+from .measure import TASKS, luma, rgb_to_ycbcr, shaved, ycbcr_to_rgb
 from .photos import Budget
 from enhance_lib.workbench import (
+    DataLoaders,
     PhotoModel,
     autocast,
     load_checkpoint,
@@ -47,6 +47,7 @@ class SRCNN(PhotoModel):
         super().__init__()
         self.arguments = {'scale': scale, 'residual': residual}
         self.scale, self.residual = scale, residual
+        self.tile = 256 // scale  # 256 pixels once they are enlarged
         self.conv1 = nn.Conv2d(1, 64, 9)  # patches: 64 filters look at 9×9 pixels
         self.conv2 = nn.Conv2d(64, 32, 1)  # mapping: each pixel's 64 numbers to 32
         self.conv3 = nn.Conv2d(32, 1, 5)  # reconstruction: 5×5 neighbours make a pixel
@@ -60,12 +61,7 @@ class SRCNN(PhotoModel):
         y = F.relu(self.conv1(_pad(x, pad)))  # (N, 64, H - 8 + 2 pad, W - 8 + 2 pad)
         y = F.relu(self.conv2(_pad(y, pad)))  # (N, 32, H - 8 + 4 pad, W - 8 + 4 pad)
         y = self.conv3(_pad(y, pad))  # (N, 1, H - 12 + 6 pad, W - 12 + 6 pad)
-        return y + _trim(x, 6 - 3 * pad) if self.residual else y
-
-
-def _trim(x, by):
-    "Cut `by` pixels off each side of x."
-    return x[..., by : x.shape[-2] - by, by : x.shape[-1] - by]
+        return y + shaved(x, 6 - 3 * pad) if self.residual else y
 
 # %% ../nbs/04_srcnn.ipynb #b8921cf4
 def enlarge(
@@ -110,15 +106,17 @@ def as_psnr(
 def validate(
     model: nn.Module,  # from luma to luma
     dls: DataLoaders,  # its second half is what to validate with
-) -> tuple[float, float]:  # PSNR in dB of the input and of the prediction, mean over pictures
-    "How good the input is, and how good the model makes it."
+) -> tuple[float, float]:  # PSNR in dB of the input and of the prediction
+    "How good the input is, and how good the model makes it, by the mean error of all pairs."
     model.eval()
-    found = []
+    errors = []
     for batch in dls.valid:
         x, y = luma_pair(*batch)
-        errors = ((_trim(p - y, 6) ** 2).mean((1, 2, 3)) for p in (x, model(x).clamp(0, 1)))
-        found.append(torch.stack([-10 * e.log10() for e in errors], 1))
-    return tuple(torch.cat(found).mean(0).tolist())
+        with autocast(dls.device):
+            prediction = model(x, pad=0)
+        y = shaved(y, 6)
+        errors += zip(*(((p - y) ** 2).mean((1, 2, 3)) for p in (shaved(x, 6), prediction)))
+    return tuple(as_psnr(float(torch.stack(e).mean())) for e in zip(*errors))
 
 
 def fit(
@@ -132,7 +130,10 @@ def fit(
     "Train by hand. Raises `PhotoError` if the checkpoint is of another training."
     device = dls.device
     model.to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    last = list(model.conv3.parameters())  # slower, as in the paper: else the ReLUs may die
+    others = [p for name, p in model.named_parameters() if not name.startswith('conv3')]
+    groups = [{'params': others}, {'params': last, 'lr': lr / 10}]
+    optimiser = torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.99))
     steps = epochs * len(dls.train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 100, (1 + math.cos(math.pi * step / steps)) / 2)
@@ -147,7 +148,7 @@ def fit(
             x, y = luma_pair(*batch)
             with autocast(device):
                 prediction = model(x.contiguous(memory_format=torch.channels_last), pad=0)
-            loss = F.mse_loss(prediction.float(), _trim(y, 6))
+            loss = F.mse_loss(prediction.float(), shaved(y, 6))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -183,6 +184,8 @@ def train_published(
     valid = sorted(set(photos))[::20]
     train = [p for p in photos if p not in valid]
     crops = budget(1, 20, 100)
-    dls = recipe_dls(train, valid, TASKS[task], size=36, bs=16, per_photo=crops, once=True)
+    dls = recipe_dls(
+        train, valid, TASKS[task], size=36, valid_size=192, bs=16, per_photo=crops, once=True
+    )
     model = SRCNN(scale, residual=True)
-    return model, fit(model, dls, budget(1, 10, 32), checkpoint=checkpoint)
+    return model, fit(model, dls, budget(1, 10, 24), checkpoint=checkpoint)

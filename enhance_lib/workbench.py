@@ -11,7 +11,9 @@ __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop
 import hashlib
 import importlib
 import json
+import pickle
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,10 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastcore.basics import patch
+from fastcore.foundation import L
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -38,6 +38,12 @@ from enhance_lib.photos import (
     tile_boxes,
     write_atomically,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)  # fastai still uses torch.jit
+    from fastai.callback.core import Callback, CancelEpochException
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
 
 # %% ../nbs/03_workbench.ipynb #a4ee0d92
 def pick_device(
@@ -171,13 +177,14 @@ def _loaders(train, valid, bs, n_workers, device):
         device=pick_device(device),
     )
 
-
+# %% ../nbs/03_workbench.ipynb #49474dd1
 def recipe_dls(
     train: list | str | Path,  # photos or paths, or a folder
     valid: list | str | Path,  # the same, of other photos
     recipe: str | Recipe,  # a key of `RECIPES`, or a recipe of your own
     size: int = 128,  # side of a good crop, in pixels
     bs: int = 8,  # pairs in a batch
+    valid_size: int | None = None,  # side of a good crop to validate with; by default `size`
     per_photo: int = 1,  # crops from each photo in an epoch
     once: bool = False,  # crappify each photo as a whole and once, instead of each crop anew
     cache: float = 2000,  # megabytes of decoded photos to keep in memory
@@ -188,7 +195,7 @@ def recipe_dls(
     recipe, keep = get_recipe(recipe), PhotoCache(0 if once else cache)
     seen = {}
 
-    def make(photo, rng):
+    def make(photo, rng, size=size):
         seed = int(rng.integers(2**31))
         if not once:
             return recipe.pair(keep(photo), seed, size=size)
@@ -198,9 +205,8 @@ def recipe_dls(
         return crop_pair(*seen[key], size, rng)
 
     train, valid = (find_photos(s) if isinstance(s, str | Path) else s for s in (train, valid))
-    return _loaders(
-        Pairs(make, train, per_photo), Pairs(make, valid, fixed=True), bs, n_workers, device
-    )
+    to_validate = Pairs(partial(make, size=valid_size or size), valid, fixed=True)
+    return _loaders(Pairs(make, train, per_photo), to_validate, bs, n_workers, device)
 
 # %% ../nbs/03_workbench.ipynb #4b5a6124
 def folder_dls(
@@ -259,13 +265,15 @@ class AutocastCPU(Callback):
 
 # %% ../nbs/03_workbench.ipynb #99187876
 def _plain(value):
-    "`value` with numpy's numbers and arrays as Python's, which a safe loader reads."
+    "`value` in Python's own lists and numbers, which can be loaded without unpickling code."
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) is tuple else list(map(_plain, value))
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, list | L):  # fastai's optimiser keeps its rates in an L
+        return list(map(_plain, value))
     return value
 
 
@@ -321,6 +329,8 @@ def load_checkpoint(
         return kept['step'], states
     except Exception as e:  # damaged, a pickle of something else, other shapes, other parts
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if isinstance(e, pickle.UnpicklingError):  # its words tell people to load it anyway
+            why = 'it is damaged, or holds more than numbers'
         raise PhotoError(
             f"'{path}' does not fit this training ({why}). Remove it to start anew."
         ) from e
@@ -408,7 +418,7 @@ def _run(model, x, fast):
         'Train it anew, or take other weights.'
     )
 
-
+# %% ../nbs/03_workbench.ipynb #0ad4ef81
 @patch
 def predict(
     self: PhotoModel,
@@ -516,7 +526,7 @@ def _find_class(card, path):
         )
     return found
 
-
+# %% ../nbs/03_workbench.ipynb #2ccff232
 def load_model(
     name: str | Path,  # one of `published()`, or the path of a .safetensors with its card beside it
 ) -> PhotoModel:  # on the CPU, in eval mode; its `card` says what it is

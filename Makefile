@@ -8,7 +8,7 @@ READY := .venv/.ready
 # In a container one is often root, which Jupyter wants to be told.
 AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
-.PHONY: help setup course lab test bench stamp clean-notebooks
+.PHONY: help setup course lab test bench weights stamp clean-notebooks
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ test: $(READY)  ## everything that CI runs
 	@ENHANCE_BUDGET=smoke $(BIN)/nbdev-test --n-workers 2
 	@echo '== pytest: the promises of the project, and what lessons are the wrong place for'
 	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx tests
+
+weights: BUDGET = full
+weights: $(READY)  ## train the published weights again: make weights PHOTOS='folder another' MODELS=srcnn-x2
+	@$(BIN)/python tools/weights.py --budget $(BUDGET) --models $(MODELS) --photos $(PHOTOS)
 
 bench: $(READY)  ## measure speed and quality side by side
 	@$(BIN)/python tools/bench.py

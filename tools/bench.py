@@ -18,8 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from enhance_lib.crappify import RECIPES, crappify_folder
-from enhance_lib.photos import data_folder, find_photos, open_photo, sample_photos, save_photo
+from enhance_lib.crappify import RECIPES, crappify_folder, resize
+from enhance_lib.photos import (
+    data_folder,
+    find_photos,
+    open_photo,
+    sample_photo,
+    sample_photos,
+    save_photo,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,8 +141,100 @@ def damage_of_gan():
     yield f'{what}, {len(psnr)} photos: mean PSNR, SSIM', measured, target
 
 
+def fastest(ways: dict[str, Callable], repeats: int = 5) -> dict[str, float]:
+    "Seconds of the fastest run of each way, the ways taking turns after one run to warm up."
+    for do in ways.values():
+        do()
+    seconds = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, do in ways.items():
+            start = time.perf_counter()
+            do()
+            seconds[way].append(time.perf_counter() - start)
+    return {way: min(found) for way, found in seconds.items()}
+
+
+def speed_of_predict():
+    "`predict` against the same weights run plainly, on a photo whose result has 1 megapixel."
+    import torch
+
+    from enhance_lib.measure import TASKS, luma_psnr, to_photo, to_tensor
+    from enhance_lib.workbench import load_model
+
+    good = resize(sample_photo('retina'), 1000, 1000)
+    for name, task in (('srcnn-jpeg20', 'gray-jpeg20'), ('srcnn-x2', 'x2')):
+        plain, model = load_model(name), load_model(name)
+        bad, truth = TASKS[task].pair(good)
+
+        @torch.inference_mode()
+        def plainly(plain=plain, bad=bad):
+            return to_photo(plain.enhance(to_tensor(bad)))
+
+        ways = {'plain': plainly, 'predict': lambda model=model, bad=bad: model.predict(bad)}
+        best = fastest(ways)
+        quality = {way: luma_psnr(do(), truth) for way, do in ways.items()}
+        what = f'{name}, 1 megapixel of output, CPU'
+        yield f'{what}: float32, contiguous, whole photo', f'{1 / best["plain"]:.2f} MP/s', ''
+        yield f'{what}: `predict`', f'{1 / best["predict"]:.2f} MP/s', ''
+        ratio, off = best['plain'] / best['predict'], quality['predict'] - quality['plain']
+        yield 'ratio of the two (best of 5 runs each)', f'{ratio:.2f}×', '2× or more'
+        yield 'what `predict` loses in quality', f'{-off:.4f} dB', '0.02 dB at most'
+
+
+def speed_of_training():
+    "Steps of SRCNN in float32 against half precision with channels_last, on a batch in memory."
+    import torch
+
+    from enhance_lib.srcnn import SRCNN
+    from enhance_lib.workbench import autocast, half_dtype
+
+    x = torch.rand(16, 1, 64, 64)
+    ways = {}
+    for half in (False, True):
+        layout = torch.channels_last if half else torch.contiguous_format
+        model = SRCNN(residual=True).to(memory_format=layout)
+
+        def steps(model=model, half=half):
+            for _ in range(10):
+                with autocast(torch.device('cpu'), half):
+                    loss = model(x, pad=0).float().square().mean()
+                loss.backward()
+
+        ways[half] = steps
+    best = fastest(ways, 3)
+    kind = half_dtype(torch.device('cpu')) or 'float32: this CPU has no fast half precision'
+    what = 'training SRCNN, 16 crops of 64×64'
+    yield f'{what}: float32', f'{10 / best[False]:.1f} steps/s', ''
+    yield f'{what}: {kind}'.replace('torch.', ''), f'{10 / best[True]:.1f} steps/s', ''
+    yield 'ratio of the two (best of 3 runs each)', f'{best[False] / best[True]:.2f}×', ''
+
+
+def quality_of_published():
+    "The published models on the usual sets, where these lie beside the project."
+    from weights import published, scores_of
+
+    from enhance_lib.workbench import load_model
+
+    targets = {'srcnn-x2': '36.1', 'srcnn-x3': '32.1', 'srcnn-x4': '29.9'}
+    for name in published():
+        scores = scores_of(load_model(name))
+        for where, score in scores.items():
+            measured = f'{score["input"]:.2f} → {score["output"]:.2f} dB'
+            target = f'{targets[name]} dB' if name in targets else '+0.5 dB'
+            yield f'{name} on {where}: {score["protocol"]}', measured, target
+        if not scores:
+            yield f'{name} on the usual sets', 'no data', ''
+
+
 # Each yields rows: what, measured, target.
-MEASUREMENTS: list[Callable] = [speed_of_crappify, memory_of_crappify, damage_of_gan]
+MEASUREMENTS: list[Callable] = [
+    speed_of_crappify,
+    memory_of_crappify,
+    damage_of_gan,
+    speed_of_predict,
+    speed_of_training,
+    quality_of_published,
+]
 
 
 def processor() -> str:

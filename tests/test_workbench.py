@@ -1,0 +1,1353 @@
+"""The workbench: pairs that fit, trainings that survive being killed, tiles, weights with cards."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+from scipy.ndimage import uniform_filter
+from torch import nn
+from torch.nn import functional as F
+
+from enhance_lib import srcnn, workbench
+from enhance_lib.crappify import Recipe, Step
+from enhance_lib.measure import TASKS
+from enhance_lib.photos import PhotoError
+from enhance_lib.srcnn import SRCNN
+from enhance_lib.workbench import (
+    AutocastCPU,
+    KeepGoing,
+    Pairs,
+    PhotoCache,
+    PhotoModel,
+    autocast,
+    crop_pair,
+    folder_dls,
+    half_dtype,
+    load_checkpoint,
+    load_model,
+    pick_device,
+    published,
+    random_states,
+    recipe_dls,
+    save_checkpoint,
+    save_weights,
+    set_random_states,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)
+    import fastai.callback.schedule  # gives Learner its fit_one_cycle
+    from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.learner import Learner
+    from fastai.optimizer import Adam, RMSProp
+
+CPU = torch.device('cpu')
+
+
+def bug(reason):
+    "A test of what ought to be and is not yet. It fails once it is: then take the mark away."
+    return pytest.mark.xfail(strict=True, reason=f'BUG: {reason}')
+
+
+def one_line(error):
+    "The message of a caught error, which must be a single sentence or a few on one line."
+    message = str(error.value)
+    assert message and '\n' not in message
+    return message
+
+
+@contextmanager
+def refused(*words):
+    "What happens inside has to raise PhotoError, with all of `words` in its only line."
+    with pytest.raises(PhotoError) as error:
+        yield
+    message = one_line(error)
+    for word in words:
+        assert str(word) in message
+
+
+class Killed(BaseException):
+    "As sudden as a kill: nobody catches it, whoever catches every Exception."
+
+
+class Evil:
+    "Makes a folder when it is unpickled."
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def noise_photo(width=24, height=20, mode='RGB', seed=0):
+    bands = len(mode)
+    shape = (height, width, bands) if bands > 1 else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(pixels, mode)
+
+
+def place_photo(width, height, seed=0):
+    "Red says in which column a pixel is, green in which row; blue is noise."
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def pixels(photo):
+    return np.asarray(photo).astype(int)
+
+
+def levels(x):
+    "A tensor (C, H, W) in [0, 1] as an array (H, W, C) of levels, which must be whole numbers."
+    values = x.permute(1, 2, 0).numpy().astype(float) * 255
+    assert np.abs(values - values.round()).max() < 1e-3
+    return values.round().astype(int)
+
+
+def equal_weights(a, b, within=0.0):
+    a, b = a.state_dict(), b.state_dict()
+    assert list(a) == list(b)
+    return all((a[k].double() - b[k].double()).abs().max() <= within for k in a)
+
+
+def eight(array):
+    "All ways to lay a square on the table."
+    turned = [np.rot90(array, k) for k in range(4)]
+    return turned + [t[:, ::-1] for t in turned]
+
+
+# Devices
+
+
+def test_the_cpu_is_always_there():
+    assert pick_device('cpu') == CPU
+    assert pick_device(CPU) == CPU
+    assert isinstance(pick_device(), torch.device)
+
+
+@pytest.mark.parametrize('name', ['gpu', '', 'cuda:99', 'xpu:7', 'cpu\n', -1, 3.5, [], 'x' * 999])
+def test_a_device_that_is_not_there_is_refused(name):
+    with refused('There is no device', 'There are: cpu'):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param('hpu', marks=bug('torch raises ModuleNotFoundError, which is not caught')),
+        pytest.param('meta', marks=bug('meta is taken, though it can not compute')),
+    ],
+)
+def test_an_exotic_device_is_refused(name):
+    with refused('There is no device', 'There are: cpu'):
+        pick_device(name)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    def empty(*args, device=None, **kwargs):
+        raise RuntimeError('Found no NVIDIA driver\non your system.')
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert pick_device() == CPU
+    monkeypatch.setattr(torch, 'empty', empty)
+    with refused("'cuda'", 'There are: cpu.'):
+        pick_device('cuda')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with refused("'cuda:3'", 'There are: cpu, cuda.'):
+        pick_device('cuda:3')
+
+
+def test_the_fastest_device_is_chosen(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, 'empty', lambda *a, device: asked.append(device.type))
+    for cuda, mps, best in [(1, 1, 'cuda'), (1, 0, 'cuda'), (0, 1, 'mps'), (0, 0, 'cpu')]:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda there=cuda: bool(there))
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda there=mps: bool(there))
+        assert pick_device().type == best
+    assert asked == ['cuda', 'cuda', 'mps', 'cpu']  # each was tried out
+
+
+def pretend_cpu(monkeypatch, avx=False, amx=False):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx, raising=False)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx, raising=False)
+
+
+def test_half_precision_only_where_it_is_faster(monkeypatch):
+    for avx, amx in [(True, False), (False, True), (True, True)]:
+        pretend_cpu(monkeypatch, avx, amx)
+        assert half_dtype(CPU) == torch.bfloat16
+    pretend_cpu(monkeypatch)
+    assert half_dtype(CPU) is None
+    monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported')  # another version of torch
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
+    assert half_dtype(CPU) is None
+    assert half_dtype(torch.device('mps')) is None
+
+
+@pytest.mark.parametrize(
+    'capability, dtype',
+    [
+        ((7, 5), torch.float16),
+        ((6, 1), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((8, 9), torch.bfloat16),
+        ((10, 0), torch.bfloat16),
+    ],
+)
+def test_half_precision_on_a_pretended_gpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert half_dtype(torch.device('cuda')) == dtype
+
+
+def test_autocast_computes_in_half_only_inside(monkeypatch):
+    pretend_cpu(monkeypatch, avx=True)
+    x = torch.ones(2, 2)
+    with autocast(CPU):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(CPU, enabled=False):
+        assert (x @ x).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
+    pretend_cpu(monkeypatch)
+    with autocast(CPU):
+        assert (x @ x).dtype == torch.float32
+
+
+# The cache of photos
+
+
+def test_cache_keeps_what_fits(tmp_path, monkeypatch):
+    sizes = {'a': (20, 10), 'b': (10, 20), 'c': (20, 10), 'd': (5, 5), 'e': (3, 3)}
+    photos = {n: noise_photo(*s, seed=i) for i, (n, s) in enumerate(sizes.items())}
+    for name, photo in photos.items():
+        photo.save(tmp_path / f'{name}.png')
+    opened, really_open = [], workbench.open_photo
+    monkeypatch.setattr(
+        workbench, 'open_photo', lambda p, *a: opened.append(p.stem) or really_open(p, *a)
+    )
+    keep = PhotoCache(0.0013)  # 1300 bytes: two photos of 600 and one of 75
+    for _ in range(3):
+        for name, photo in photos.items():
+            ours = keep(tmp_path / f'{name}.png')
+            assert ours.mode == 'RGB' and (pixels(ours) == pixels(photo)).all()
+    assert opened == list('abcde') + list('ce') * 2  # e takes 27 bytes, of which 25 are left
+    assert keep.room == pytest.approx(1300 - 600 - 600 - 75)
+    assert {p.stem for p in keep.photos} == set('abd')
+
+
+def test_cache_without_room_keeps_nothing(tmp_path):
+    noise_photo().save(tmp_path / 'a.png')
+    keep = PhotoCache(0)
+    assert keep(tmp_path / 'a.png') is not keep(tmp_path / 'a.png')
+    assert not keep.photos and keep.room == 0
+
+
+def test_cache_gives_photos_back_as_they_are():
+    photo, keep = noise_photo(mode='RGBA'), PhotoCache()
+    assert keep(photo) is photo
+    assert not keep.photos and keep.room == 2000e6
+
+
+def test_cache_counts_a_gray_photo_as_rgb(tmp_path):
+    noise_photo(30, 10, 'L').save(tmp_path / 'a.png')
+    keep = PhotoCache(0.001)
+    assert keep(tmp_path / 'a.png').mode == 'RGB'
+    assert keep.room == pytest.approx(100)
+
+
+def test_cache_keeps_nothing_of_a_damaged_file(tmp_path):
+    noise_photo(60, 60).save(tmp_path / 'a.png')
+    whole = (tmp_path / 'a.png').read_bytes()
+    (tmp_path / 'a.png').write_bytes(whole[:3000])
+    keep = PhotoCache(1)
+    with refused(tmp_path / 'a.png'):
+        keep(tmp_path / 'a.png')
+    with refused(tmp_path / 'b.png'):
+        keep(tmp_path / 'b.png')
+    assert not keep.photos and keep.room == 1e6
+    (tmp_path / 'a.png').write_bytes(whole)  # repaired
+    assert keep(tmp_path / 'a.png').size == (60, 60)
+
+
+# Crops
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.data(), st.booleans(),
+)  # fmt: skip
+def test_both_crops_show_the_same_place(scale, width, height, data, random_place):
+    good = place_photo(scale * width, scale * height)
+    bad = Image.fromarray(np.asarray(good)[::scale, ::scale])
+    small = data.draw(st.integers(1, min(width, height)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99))) if random_place else None
+    bad_crop, good_crop = crop_pair(bad, good, scale * small, rng)
+    assert bad_crop.size == (small, small)
+    assert good_crop.size == (scale * small, scale * small)
+    np.testing.assert_array_equal(pixels(bad_crop), pixels(good_crop)[::scale, ::scale])
+    left, top, _ = good_crop.getpixel((0, 0))
+    expected = good.crop((left, top, left + scale * small, top + scale * small))
+    np.testing.assert_array_equal(pixels(good_crop), pixels(expected))
+    if not random_place:
+        assert (left, top) == (scale * ((width - small) // 2), scale * ((height - small) // 2))
+
+
+def test_crops_lie_everywhere():
+    photo, rng = place_photo(6, 5), np.random.default_rng(0)
+    corners = {crop_pair(photo, photo, 3, rng)[0].getpixel((0, 0))[:2] for _ in range(300)}
+    assert corners == {(x, y) for x in range(4) for y in range(3)}
+
+
+@pytest.mark.parametrize(
+    'bad, good, size, words',
+    [
+        ((10, 10), (20, 21), 8, ['10×10', '20×21']),
+        ((10, 10), (15, 15), 5, ['10×10', '15×15']),
+        ((10, 10), (20, 30), 10, ['10×10', '20×30']),
+        ((10, 10), (5, 5), 4, ['10×10', '5×5']),
+        ((10, 10), (10, 9), 4, ['10×9']),
+        ((10, 10), (20, 20), 9, ['9', '2']),
+        ((10, 10), (40, 40), 10, ['10', '4']),
+        ((10, 10), (20, 20), 22, ['20×20', '22×22']),
+        ((10, 30), (10, 30), 11, ['10×30', '11×11']),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(bad, good, size, words):
+    for rng in (None, np.random.default_rng(0)):
+        with refused(*words):
+            crop_pair(Image.new('RGB', bad), Image.new('RGB', good), size, rng)
+
+
+@bug('a crop of 0 pixels is an empty photo; a negative one raises ValueError of Pillow')
+@pytest.mark.parametrize('size', [0, -2])
+def test_a_crop_of_no_pixels_is_refused(size):
+    with refused(size):
+        crop_pair(Image.new('RGB', (8, 8)), Image.new('RGB', (16, 16)), size)
+
+
+# Pairs
+
+
+def crops_of_two_sizes(item, rng):
+    "A place of a photo, 4×4 in bad and 8×8 in good."
+    return crop_pair(item.resize((20, 16), Image.Resampling.NEAREST), item, 8, rng)
+
+
+def test_pairs_have_a_length_and_start_over_with_each_item():
+    seen = []
+
+    def make(item, rng):
+        seen.append(item)
+        return Image.new('L', (1, 1), item), Image.new('L', (1, 1), item + 1)
+
+    pairs = Pairs(make, [10, 20, 30], per_item=2)
+    assert len(pairs) == 6 and len(Pairs(make, [])) == 0 and len(Pairs(make, iter('ab'))) == 2
+    values = [pairs[i] for i in range(6)]
+    assert seen == [10, 20, 30, 10, 20, 30]
+    assert [round(float(b) * 255) for b, _ in values] == seen
+    assert [round(float(g) * 255) for _, g in values] == [s + 1 for s in seen]
+
+
+def test_pairs_are_float_tensors_from_0_to_1():
+    photo = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
+    for fixed in (True, False):
+        for x in Pairs(lambda item, rng: (photo, photo), [0], fixed=fixed)[0]:
+            assert x.dtype == torch.float32 and x.shape == (3, 1, 1)
+            torch.testing.assert_close(x.flatten(), torch.tensor([0, 0.2, 1]))
+
+
+def test_fixed_pairs_are_always_the_same():
+    photos = [place_photo(40, 32, seed) for seed in range(2)]
+    pairs = Pairs(crops_of_two_sizes, photos, per_item=4, fixed=True)
+    np.random.seed(1)
+    before = np.random.get_state()[1].copy()
+    first = [pairs[i] for i in range(8)]
+    assert (np.random.get_state()[1] == before).all()  # nor do they disturb a training
+    np.random.seed(2)
+    again = [Pairs(crops_of_two_sizes, photos, 4, True)[i] for i in range(8)]
+    assert all(torch.equal(a, b) for p, q in zip(first, again) for a, b in zip(p, q))
+    corners = [tuple(levels(good)[0, 0, :2]) for _, good in first]
+    assert len(set(corners)) > 4  # each pair is of another place
+    for bad, good in first:  # upright: columns and rows count upwards
+        assert (np.diff(levels(good)[0, :, 0]) == 1).all()
+        assert (np.diff(levels(bad)[:, 0, 1]) == 2).all()
+
+
+def test_other_pairs_follow_the_random_state_of_numpy():
+    pairs = Pairs(crops_of_two_sizes, [place_photo(40, 32)])
+    np.random.seed(5)
+    first = [pairs[0][1] for _ in range(5)]
+    np.random.seed(5)
+    again = [pairs[0][1] for _ in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert len({x.numpy().tobytes() for x in first}) > 1
+
+
+def test_bad_and_good_are_turned_alike_in_all_eight_ways():
+    bad, good = place_photo(4, 4), place_photo(8, 8)
+    ways, big = [eight(pixels(p)[..., :2]) for p in (bad, good)]
+    pairs = Pairs(lambda item, rng: (bad, good), [0])
+    np.random.seed(0)
+    counts = np.zeros(8, int)
+    for _ in range(800):
+        x, y = (levels(p)[..., :2] for p in pairs[0])
+        turn = [i for i, way in enumerate(ways) if (way == x).all()]
+        assert len(turn) == 1 and (big[turn[0]] == y).all()
+        counts[turn[0]] += 1
+    assert counts.min() > 50 and counts.max() < 150  # 100 each; 50 off is five sigma
+
+
+# Loaders that make pairs on the fly
+
+
+def same_place(bad, whole, photo, good, scale=2):
+    "Whether `bad` (turned somehow) is cut out of `whole` where `good` is cut out of `photo`."
+    for b, g in zip(eight(levels(bad)), eight(levels(good))):
+        left, top = g[0, 0, :2]
+        size = len(g)
+        if np.array_equal(g, pixels(photo)[top : top + size, left : left + size]):
+            small = size // scale
+            at = pixels(whole)[top // scale :, left // scale :][:small, :small]
+            return left % scale == 0 and top % scale == 0 and np.array_equal(b, at)
+    return False
+
+
+def test_batches_of_half_sized_and_whole_crops():
+    photos = [noise_photo(40, 36, seed=i) for i in range(5)]
+    dls = recipe_dls(photos, photos[:3], 'any-kernel', size=16, bs=2, valid_size=24, device='cpu')
+    shapes = [(tuple(b.shape), tuple(g.shape)) for b, g in dls.train]
+    assert shapes == [((2, 3, 4, 4), (2, 3, 16, 16))] * 2  # the fifth is dropped
+    shapes = [(tuple(b.shape), tuple(g.shape)) for b, g in dls.valid]
+    assert shapes == [((2, 3, 6, 6), (2, 3, 24, 24)), ((1, 3, 6, 6), (1, 3, 24, 24))]
+    dls = recipe_dls(photos, photos[:1], TASKS['x2'], 16, 2, per_photo=3, device='cpu')
+    assert len(list(dls.train)) == len(dls.train) == 7  # 15 crops
+    for bad, good in [*dls.train, *dls.valid]:
+        assert bad.shape[1:] == (3, 8, 8) and good.shape[1:] == (3, 16, 16)
+        assert bad.dtype == good.dtype == torch.float32
+        assert bad.min() >= 0 and good.max() <= 1 and good.std() > 0.1
+
+
+def test_fewer_photos_than_a_batch_still_train():
+    photos = [noise_photo(seed=i) for i in range(3)]
+    dls = recipe_dls(photos, photos[:1], TASKS['x2'], size=8, bs=8, device='cpu')
+    assert [len(b) for b, _ in dls.train] == [3] and [len(b) for b, _ in dls.valid] == [1]
+    dls = recipe_dls(photos, photos[:1], TASKS['x2'], size=8, bs=3, device='cpu')
+    assert [len(b) for b, _ in dls.train] == [3]
+
+
+def test_gray_photos_have_one_channel():
+    photos = [noise_photo(30, 30, 'L')]
+    dls = recipe_dls(photos, photos, TASKS['x3'], size=12, bs=1, device='cpu')
+    assert [tuple(x.shape) for x in next(iter(dls.train))] == [(1, 1, 4, 4), (1, 1, 12, 12)]
+
+
+def test_each_crop_is_crappified_anew():
+    "Cut first, then shrunk: exactly what Pillow makes of the crop."
+    photo = place_photo(41, 33)
+    dls = recipe_dls([photo], [photo], TASKS['x2'], size=12, per_photo=8, bs=1, device='cpu')
+    for bad, good in [*dls.valid, *dls.train]:
+        upright = [g for g in eight(levels(good[0])) if g[0, 0, 0] < g[0, 1, 0]]
+        upright = next(g for g in upright if g[0, 0, 1] < g[1, 0, 1] and g[0, 0, 1] == g[0, 1, 1])
+        small = Image.fromarray(upright.astype(np.uint8)).resize((6, 6), Image.Resampling.BICUBIC)
+        assert any((way == pixels(small)).all() for way in eight(levels(bad[0])))
+
+
+@pytest.mark.parametrize('kind', ['photos', 'paths', 'folder'])
+def test_once_crappifies_each_photo_as_a_whole(kind, tmp_path):
+    photo = place_photo(41, 33)
+    whole = photo.crop((0, 0, 40, 32)).resize((20, 16), Image.Resampling.BICUBIC)
+    photo.save(tmp_path / 'a.png')
+    source = {'photos': [photo], 'paths': [tmp_path / 'a.png'], 'folder': str(tmp_path)}[kind]
+    dls = recipe_dls(
+        source, source, TASKS['x2'], size=12, bs=4, per_photo=20, once=True, device='cpu'
+    )
+    pairs = [p for batch in [*dls.train, *dls.valid, *dls.train] for p in zip(*batch)]
+    assert len(pairs) == 41
+    assert all(same_place(bad, whole, photo, good) for bad, good in pairs)
+    corners = {tuple(levels(good)[0, 0, :2]) for _, good in pairs}
+    assert len(corners) > 10
+
+
+def test_once_opens_and_crappifies_only_once(tmp_path, monkeypatch):
+    noise_photo().save(tmp_path / 'a.png')
+    opened, really_open = [], workbench.open_photo
+    monkeypatch.setattr(
+        workbench, 'open_photo', lambda p, *a: opened.append(p) or really_open(p, *a)
+    )
+    recipe = Recipe('grain', (Step('noise', sigma=30),))
+    dls = recipe_dls(tmp_path, tmp_path, recipe, 20, per_photo=9, bs=3, once=True, device='cpu')
+    bad = [b for batch, _ in dls.train for b in batch]
+    assert len(opened) == 1
+    # 24×20 has 5 places for a crop of 20: the noise is part of the place
+    assert len({x.numpy().tobytes() for x in bad}) <= 5 * 8
+
+
+@bug('the noise of a photo in memory comes from id(photo), which the next process changes')
+def test_once_makes_the_same_of_photos_in_memory_in_every_run():
+    recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
+    held = [noise_photo(seed=3).copy() for _ in range(3)]  # as another process holds it
+    for photo in held:
+        dls = recipe_dls([photo], [photo], recipe, size=16, bs=1, once=True, device='cpu')
+        batches.append(next(iter(dls.valid)))
+    assert all(torch.equal(good, batches[0][1]) for _, good in batches)
+    assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
+
+
+@pytest.mark.parametrize('once', [False, True])
+def test_a_worker_makes_batches_too(once):
+    photos = [place_photo(30, 28, i) for i in range(4)]
+    make = dict(recipe=TASKS['x2'], size=8, bs=2, once=once, device='cpu')
+    with_worker = recipe_dls(photos, photos[:2], n_workers=1, **make)
+    alone = recipe_dls(photos, photos[:2], n_workers=0, **make)
+    for ours, expected in zip(next(iter(with_worker.valid)), next(iter(alone.valid))):
+        assert torch.equal(ours, expected)
+    torch.manual_seed(0)
+    first = [g for _, g in with_worker.train]
+    again = [g for _, g in with_worker.train]
+    assert len(first) == 2 and first[0].shape == (2, 3, 8, 8)
+    assert not torch.equal(torch.cat(first), torch.cat(again))  # each epoch has other crops
+
+
+def test_validation_is_the_same_in_every_epoch_and_run():
+    photos = [noise_photo(40, 40, seed=i) for i in range(3)]
+    runs = []
+    for seed in (0, 1):
+        np.random.seed(seed), torch.manual_seed(seed), random.seed(seed)
+        dls = recipe_dls(photos, photos, 'wild', size=16, bs=3, device='cpu')
+        runs += [next(iter(dls.valid)) for _ in range(2)]
+        train = [next(iter(dls.train)) for _ in range(2)]
+        assert not torch.equal(train[0][1], train[1][1])
+    for run in runs[1:]:
+        assert torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1])
+
+
+def test_loaders_that_can_not_be_made_are_refused(tmp_path):
+    photos = [noise_photo()]
+    with refused('no photo to train'):
+        recipe_dls([], photos, 'image2', device='cpu')
+    with refused('no photo to validate'):
+        recipe_dls(photos, [], 'image2', device='cpu')
+    with refused('no photo to train'):
+        recipe_dls(photos, photos, 'image2', per_photo=0, device='cpu')
+    for folder in ('gone', str(tmp_path / 'gone'), tmp_path):  # tmp_path is empty
+        with refused(folder):
+            recipe_dls(folder, photos, 'image2', device='cpu')
+        with refused(folder):
+            recipe_dls(photos, folder, 'image2', device='cpu')
+    with refused("'image3'", 'image2'):
+        recipe_dls(photos, photos, 'image3', device='cpu')
+    with refused("'nowhere'"):
+        recipe_dls(photos, photos, 'image2', device='nowhere')
+
+
+@pytest.mark.parametrize('once', [False, True])
+def test_crops_that_can_not_be_cut_are_refused(once, tmp_path):
+    photos = [noise_photo(40, 19)]
+    make = dict(once=once, bs=1, device='cpu')
+    dls = recipe_dls(photos, photos, TASKS['x2'], size=20, **make)
+    for dl in (dls.train, dls.valid):
+        with refused('20'):
+            list(dl)
+    with refused('15'):  # 'trim' before the crop does not make 15 even
+        list(recipe_dls(photos, photos, TASKS['x4'], size=15, **make).train)
+    (tmp_path / 'a.png').write_bytes(b'no photo')
+    with refused(tmp_path / 'a.png'):
+        list(recipe_dls(tmp_path, tmp_path, 'image2', size=8, **make).train)
+
+
+def test_an_error_in_a_worker_is_a_photo_error_too():
+    photos = [noise_photo(10, 10)]
+    dls = recipe_dls(photos, photos, 'image2', size=20, bs=1, n_workers=1, device='cpu')
+    with pytest.raises(PhotoError, match='smaller than the crop'):
+        list(dls.train)
+
+
+# Loaders from two folders
+
+
+def two_folders(home, names, scale=2, bad_suffix=None, size=(24, 20)):
+    "Good photos that say where each pixel is, and every `scale`-th of their pixels as bad ones."
+    for i, name in enumerate(names):
+        good = place_photo(*size, seed=i)
+        bad = Image.fromarray(np.asarray(good)[::scale, ::scale])
+        for folder, photo in (('good', good), ('bad', bad)):
+            path = home / folder / name
+            if folder == 'bad' and bad_suffix:
+                path = path.with_suffix(bad_suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.save(path, quality=95)
+    return home / 'good', home / 'bad'
+
+
+def test_pairs_from_two_folders(tmp_path):
+    good, bad = two_folders(tmp_path, [f'{i:02}.png' for i in range(20)] + ['sub/20.png'])
+    dls = folder_dls(good, str(bad), size=8, bs=4, per_photo=2, device='cpu')
+    assert len(dls.train_ds) == 36 and len(dls.valid_ds) == 3  # 0, 10 and 20 validate
+    assert [p.as_posix() for p in dls.valid_ds.items] == ['00.png', '10.png', 'sub/20.png']
+    batches = [*dls.train, *dls.valid]
+    assert [len(b) for b, _ in batches] == [4] * 9 + [3]
+    for bad_one, good_one in (p for batch in batches for p in zip(*batch)):
+        assert any(
+            (b == g[::2, ::2]).all() or (b == g[1::2, ::2]).all()
+            or (b == g[::2, 1::2]).all() or (b == g[1::2, 1::2]).all()  # where it was turned
+            for b, g in [(levels(bad_one), levels(good_one))]
+        )  # fmt: skip
+
+
+def test_a_table_says_which_photos_validate(tmp_path):
+    good, bad = two_folders(tmp_path, ['a.png', 'b.png', 'c.png', 'd.png'])
+    table = tmp_path / 'table.csv'
+    table.write_text('fnames,is_val\nb.png,True\nc.png,False\na.png,false\n')  # not d
+    dls = folder_dls(good, bad, 8, bs=1, table=table, device='cpu')
+    assert [p.name for p in dls.valid_ds.items] == ['b.png']
+    assert [p.name for p in dls.train_ds.items] == ['c.png', 'a.png']
+    whole = Image.open(bad / 'b.png'), Image.open(good / 'b.png')
+    (x,), (y,) = next(iter(dls.valid))
+    assert same_place(x, whole[0], whole[1], y)
+
+
+def test_suffixes_may_differ(tmp_path):
+    good, bad = two_folders(tmp_path, ['a.png', 'b.x.png'], bad_suffix='.jpg')
+    (good / 'c.d.png').write_bytes((good / 'a.png').read_bytes())
+    Image.open(bad / 'a.jpg').save(bad / 'c.d.webp')
+    assert sorted(p.name for p in bad.iterdir()) == ['a.jpg', 'b.x.jpg', 'c.d.webp']
+    dls = folder_dls(good, bad, size=8, bs=2, device='cpu')
+    assert [tuple(x.shape) for x in next(iter(dls.train))] == [(2, 3, 4, 4), (2, 3, 8, 8)]
+
+
+def test_missing_partners_are_named(tmp_path):
+    good, bad = two_folders(tmp_path, [f'{i:02}.png' for i in range(14)])
+    for i in range(3):
+        (bad / f'{i:02}.png').unlink()
+    with refused('3 photos', bad, '00.png', '01.png', '02.png') as _:
+        folder_dls(good, bad, size=8, device='cpu')
+    for i in range(3, 13):
+        (bad / f'{i:02}.png').unlink()
+    with pytest.raises(PhotoError) as error:
+        folder_dls(good, bad, size=8, device='cpu')
+    message = one_line(error)
+    assert '13 photos' in message and '09.png, …' in message and '10.png' not in message
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    good, bad = two_folders(tmp_path, ['a.png', 'b.png'])
+    with refused(tmp_path / 'gone'):
+        folder_dls(tmp_path / 'gone', bad, size=8, device='cpu')
+    with refused(tmp_path / 'gone'):
+        folder_dls(good, tmp_path / 'gone', size=8, device='cpu')
+    with refused(tmp_path / 'gone.csv'):
+        folder_dls(good, bad, size=8, table=tmp_path / 'gone.csv', device='cpu')
+    table = tmp_path / 'table.csv'
+    for content, word in [
+        ('fnames,is_val\na.png,True\nb.png,True\n', 'train'),
+        ('fnames,is_val\na.png,False\n', 'validate'),
+        ('fnames,is_val\n', 'train'),
+        ('fnames,is_val\na.png,True\nz.png,False\n', 'z.png'),
+        ('name\na.png\n', 'fnames'),
+    ]:
+        table.write_text(content)
+        with refused(word):
+            folder_dls(good, bad, size=8, table=table, device='cpu')
+    (good / 'b.png').unlink()
+    with refused('train'):  # the only photo validates
+        folder_dls(good, bad, size=8, device='cpu')
+
+
+def test_a_pair_that_does_not_fit_is_refused_when_its_turn_comes(tmp_path):
+    good, bad = two_folders(tmp_path, ['a.png', 'b.png'])
+    dls = folder_dls(good, bad, size=22, bs=1, device='cpu')
+    with refused('24×20', '22×22'):
+        list(dls.train)
+    with refused('7', '2'):
+        list(folder_dls(good, bad, size=7, bs=1, device='cpu').train)
+    Image.new('RGB', (13, 10)).save(bad / 'b.png')
+    with refused('13×10', '24×20'):
+        list(folder_dls(good, bad, size=8, bs=1, device='cpu').train)
+    (bad / 'b.png').write_bytes(b'')
+    with refused(bad / 'b.png'):
+        list(folder_dls(good, bad, size=8, bs=1, device='cpu').train)
+
+
+# Training in half precision
+
+
+def tiny_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv2d(4, 3, 3, padding=1),
+    )
+
+
+def two_groups(model):
+    return [list(model[:2].parameters()), list(model[4:].parameters())]
+
+
+TRAIN_PHOTOS = [noise_photo(20, 18, seed=i) for i in range(6)]
+
+
+def tiny_learner(seed=0, opt_func=Adam, cbs=(), loss=None, model=None, n_workers=0):
+    "A training in which everything is drawn: first weights, order, crops, turns, noise, dropout."
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    recipe = Recipe('grain', (Step('noise', sigma=20),))
+    dls = recipe_dls(
+        TRAIN_PHOTOS, TRAIN_PHOTOS[:2], recipe, 8, bs=2, n_workers=n_workers, device='cpu'
+    )
+    return Learner(
+        dls,
+        model or tiny_net(),
+        loss_func=loss or nn.MSELoss(),
+        opt_func=opt_func,
+        splitter=two_groups,
+        cbs=list(cbs),
+    )
+
+
+def train(learn, epochs=4, cbs=(), lr=slice(1e-3, 2e-2)):
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, lr, cbs=list(cbs))
+    return learn
+
+
+class Stop(Callback):
+    "Raise an exception at an event of a batch of an epoch."
+
+    order = 90
+
+    def __init__(self, what, epoch=0, iter=1, at='before_batch', order=90):
+        self.what, self.where, self.order = what, (epoch, iter), order
+        setattr(self, at, self.stop)
+
+    def stop(self):
+        if self.training and (self.epoch, self.iter) == self.where:
+            raise self.what
+
+
+class Look(Callback):
+    "Write down what a batch looks like."
+
+    def __init__(self, order, what, at='after_pred'):
+        self.order, self.seen, self.what = order, [], what
+        setattr(self, at, self.look)
+
+    def look(self):
+        self.seen.append(self.what(self))
+
+
+@pytest.fixture
+def clean_autocast():
+    "Whatever a test leaves on is switched off after it."
+    yield
+    torch.set_autocast_enabled('cpu', False)
+    for _ in range(torch.autocast_increment_nesting()):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
+def test_without_half_precision_the_callback_changes_nothing(monkeypatch):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: None)
+    look = Look(5, lambda cb: cb.pred.dtype)
+    with_it = train(tiny_learner(cbs=[AutocastCPU(), look]), 2)
+    without = train(tiny_learner(), 2)
+    assert set(look.seen) == {torch.float32}
+    assert equal_weights(with_it.model, without.model)
+
+
+def test_a_cpu_with_half_precision_computes_in_it(monkeypatch, clean_autocast):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
+    inside = Look(5, lambda cb: cb.pred.dtype)
+    after = Look(15, lambda cb: cb.pred.dtype)
+    loss = Look(15, lambda cb: (cb.loss_grad.dtype, torch.is_autocast_enabled('cpu')), 'after_loss')
+    learn = train(tiny_learner(cbs=[AutocastCPU(), inside, after, loss]), 2)
+    assert len(inside.seen) == 8  # 3 batches to train with and 1 to validate with, twice
+    assert set(inside.seen) == {torch.bfloat16} and set(after.seen) == {torch.float32}
+    assert set(loss.seen) == {(torch.float32, False)}
+    assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    assert not torch.is_autocast_enabled('cpu')
+    exact = train(tiny_learner(), 2)
+    assert not equal_weights(learn.model, exact.model)
+    assert equal_weights(learn.model, exact.model, within=0.05)
+
+
+def test_a_gpu_is_left_to_fastai(monkeypatch):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.float16)
+    learn = tiny_learner(cbs=[AutocastCPU()])
+    learn.dls.device = torch.device('meta')
+    callback = next(cb for cb in learn.cbs if isinstance(cb, AutocastCPU))
+    callback.before_fit()
+    callback.before_batch()
+    assert not torch.is_autocast_enabled('cpu')
+    callback.after_loss()
+
+
+def test_predictions_after_a_training_work(monkeypatch, clean_autocast):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
+    learn = train(tiny_learner(cbs=[AutocastCPU()]), 1)
+    with learn.no_bar(), learn.no_logging():
+        predictions, targets = learn.get_preds()
+        learn.validate()
+    assert predictions.shape == targets.shape == (2, 3, 8, 8)
+    assert predictions.dtype == torch.float32
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def failing_loss(what):
+    def loss(prediction, target):
+        raise what
+
+    return loss
+
+
+STOPS = {
+    'error in the loss': ({'loss': failing_loss(RuntimeError('no'))}, None),
+    'interrupt in the loss': ({'loss': failing_loss(KeyboardInterrupt())}, None),
+    'error in the model': ({'model': 'broken'}, None),
+    'cancelled batch': ({}, (CancelBatchException, 'after_pred')),
+    'cancelled fit': ({}, (CancelFitException, 'after_pred')),
+    'interrupt after before_batch': ({}, (KeyboardInterrupt, 'before_batch')),
+    'cancelled before the callback': ({}, (CancelBatchException, 'before_batch')),
+}
+
+
+STAYS = bug('autocast is left in after_loss only, which a batch that is stopped never reaches')
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[] if 'before the' in n else STAYS) for n in STOPS]
+)
+def test_autocast_ends_with_a_training_that_is_stopped(name, monkeypatch, clean_autocast):
+    """Or else all that follows in the notebook is computed in bfloat16. Worse: autocast's cache of
+    weights is never cleared again, so that later trainings compute with old weights."""
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
+    options, stop = STOPS[name]
+    if options.get('model'):
+        net = tiny_net()
+        net[3] = nn.Conv2d(7, 4, 1)  # does not fit what comes
+        options = {'model': net}
+    cbs = [AutocastCPU()]
+    if stop:
+        cbs.append(Stop(stop[0](), at=stop[1], order=5 if 'before the' in name else 90))
+    learn = tiny_learner(cbs=cbs, **options)
+    try:
+        train(learn, 1)
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    x = torch.ones(2, 2)
+    assert not torch.is_autocast_enabled('cpu') and (x @ x).dtype == torch.float32
+
+
+# Checkpoints
+
+
+def test_random_states_bring_the_numbers_back(tmp_path):
+    def draw():
+        np.random.standard_normal()  # leaves the second of two numbers behind
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.standard_normal(),
+            np.random.randint(2**31),
+            float(torch.rand(1)),
+        )
+
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    random.gauss(0, 1), np.random.standard_normal()  # halfway through a pair
+    states = random_states()
+    path = tmp_path / 'checkpoint'
+    save_checkpoint(path, 7)
+    first = draw()
+    assert draw() != first
+    set_random_states(states)
+    assert draw() == first
+    assert load_checkpoint(path) == (7, {})
+    assert draw() == first
+
+
+def test_random_states_are_plain(tmp_path):
+    torch.save(random_states(), tmp_path / 'states')
+    assert torch.load(tmp_path / 'states', weights_only=True).keys() == {
+        'python', 'numpy', 'torch', 'cuda'
+    }  # fmt: skip
+
+
+def test_a_checkpoint_that_is_not_there_is_a_start(tmp_path):
+    model = tiny_net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert load_checkpoint(tmp_path / 'gone', model=model) == (0, {})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_checkpoint_keeps_parts_and_values(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / 'deep' / 'er' / 'checkpoint'
+    model, other = tiny_net(), tiny_net()
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    model(torch.rand(2, 3, 5, 5)).sum().backward()
+    optimiser.step()
+    history = [{'loss': np.float32(0.5), 'rates': (np.arange(2), 3)}]
+    save_checkpoint(path, 3, model=model, optimiser=optimiser, history=history, name='x', n=None)
+    optimiser2 = torch.optim.Adam(other.parameters(), 0.5)
+    step, kept = load_checkpoint(path, model=other, optimiser=optimiser2, history=[])
+    assert step == 3 and equal_weights(model, other)
+    assert kept['history'] == [{'loss': 0.5, 'rates': ([0, 1], 3)}]
+    assert kept['name'] == 'x' and kept['n'] is None
+    assert optimiser2.param_groups[0]['lr'] == 0.01
+    for (_, a), (_, b) in zip(optimiser.state.items(), optimiser2.state.items()):
+        assert torch.equal(a['exp_avg'], b['exp_avg'])
+    assert [p.name for p in path.parent.iterdir()] == ['checkpoint']
+
+
+@pytest.mark.parametrize('opt_func', [Adam, RMSProp])
+def test_a_training_killed_in_any_epoch_ends_as_if_it_had_not_been(opt_func, tmp_path):
+    straight = train(tiny_learner(opt_func=opt_func))
+    assert not equal_weights(straight.model, tiny_learner().model, within=0.01)  # it learned
+    for epoch in range(1, 4):
+        for at, when in [('before_batch', 0), ('after_step', 2)]:
+            path = tmp_path / f'{epoch}-{at}'
+            with pytest.raises(Killed):
+                stop = Stop(Killed(), epoch, when, at)
+                train(tiny_learner(opt_func=opt_func), cbs=[KeepGoing(path), stop])
+            learn = tiny_learner(seed=99, opt_func=opt_func)  # all has to come from the checkpoint
+            assert not equal_weights(straight.model, learn.model, within=0.01)
+            train(learn, cbs=[KeepGoing(path)])
+            assert equal_weights(straight.model, learn.model, within=1e-6)
+
+
+def test_a_training_killed_before_the_first_checkpoint_starts_anew(tmp_path):
+    with pytest.raises(Killed):
+        train(tiny_learner(), cbs=[KeepGoing(tmp_path / 'c'), Stop(Killed(), 0, 1)])
+    assert not list(tmp_path.iterdir())
+    learn = train(tiny_learner(), cbs=[KeepGoing(tmp_path / 'c')])
+    assert equal_weights(train(tiny_learner()).model, learn.model, within=1e-6)
+
+
+def test_a_training_may_be_killed_again_and_again(tmp_path, monkeypatch, clean_autocast):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
+    straight = train(tiny_learner(cbs=[AutocastCPU()]))
+    for run, epoch in enumerate([1, 1, 2, 3, None]):
+        # killed where autocast is off: that it stays on is another test
+        cbs = [KeepGoing(tmp_path / 'c')]
+        if epoch:
+            cbs.append(Stop(Killed(), epoch, 1, 'before_batch', order=-5))
+        learn = tiny_learner(seed=run, cbs=[AutocastCPU()])
+        if epoch:
+            with pytest.raises(Killed):
+                train(learn, cbs=cbs)
+        else:
+            train(learn, cbs=cbs)
+    assert equal_weights(straight.model, learn.model, within=1e-6)
+
+
+def test_a_training_with_a_worker_goes_on_as_well(tmp_path):
+    straight = train(tiny_learner(n_workers=1), 2)
+    with pytest.raises(Killed):
+        cbs = [KeepGoing(tmp_path / 'c'), Stop(Killed(), 1, 1)]
+        train(tiny_learner(n_workers=1), 2, cbs)
+    learn = train(tiny_learner(seed=9, n_workers=1), 2, [KeepGoing(tmp_path / 'c')])
+    assert equal_weights(straight.model, learn.model, within=1e-6)
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path):
+    path = tmp_path / 'c'
+    first = train(tiny_learner(), cbs=[KeepGoing(path)])
+    content = path.read_bytes()
+    steps = Look(5, lambda cb: cb.iter, 'after_step')
+    again = train(tiny_learner(seed=5, cbs=[steps]), cbs=[KeepGoing(path)])
+    assert not steps.seen
+    assert equal_weights(first.model, again.model)
+    assert path.read_bytes() == content
+
+
+def test_keeping_on_changes_nothing_of_a_training(tmp_path):
+    plain = train(tiny_learner(), 2)
+    kept = train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c')])
+    assert equal_weights(plain.model, kept.model)
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+
+
+def last_line(error):
+    "fastai puts a line of its own before the message of an error in a callback."
+    first, _, message = str(error.value).partition('\n\t')
+    assert 'KeepGoing' in first
+    assert message and '\n' not in message
+    return message
+
+
+def test_another_number_of_epochs_is_refused(tmp_path):
+    path = tmp_path / 'c'
+    train(tiny_learner(), 2, [KeepGoing(path)])
+    content = path.read_bytes()
+    for epochs in (1, 3):
+        with pytest.raises(PhotoError) as error:
+            train(tiny_learner(), epochs, [KeepGoing(path)])
+        message = last_line(error)
+        assert str(path) in message and '2 epochs' in message and f'not {epochs}' in message
+    assert path.read_bytes() == content
+
+
+@bug('the checkpoint is loaded into the model before its epochs are looked at')
+def test_a_training_that_is_refused_leaves_the_model_as_it_was(tmp_path):
+    train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c')])
+    learn, same = tiny_learner(seed=4), tiny_learner(seed=4)
+    with pytest.raises(PhotoError):
+        train(learn, 3, [KeepGoing(tmp_path / 'c')])
+    assert equal_weights(learn.model, same.model)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    path = tmp_path / 'c'
+    save_checkpoint(path, 1, model=nn.Linear(3, 2), optimiser=Adam([nn.Parameter(torch.ones(1))], 0.1))
+    with pytest.raises(PhotoError) as error:
+        train(tiny_learner(), 2, [KeepGoing(path)])
+    assert str(path) in last_line(error)
+    with refused(path, 'Remove it'):
+        load_checkpoint(path, model=tiny_net())
+    with refused(path):
+        load_checkpoint(path, model=nn.Linear(3, 2), schedule=nn.Linear(1, 1))  # not in it
+
+
+@bug('KeyError: the parts that KeepGoing itself needs are looked up outside of load_checkpoint')
+def test_a_checkpoint_of_a_loop_by_hand_is_refused_by_the_callback(tmp_path):
+    path, learn = tmp_path / 'c', tiny_learner()
+    learn.create_opt()
+    save_checkpoint(path, 1, model=learn.model, optimiser=learn.opt)
+    with pytest.raises(PhotoError):
+        train(learn, 2, [KeepGoing(path)])
+
+
+def half_fitting():
+    "Two networks of which the first layer fits, and the second does not."
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)), nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+    )
+
+
+@bug('load_state_dict copies the layers that fit before it refuses')
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path):
+    kept, other = half_fitting()
+    save_checkpoint(tmp_path / 'c', 1, model=kept)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with refused(tmp_path / 'c'):
+        load_checkpoint(tmp_path / 'c', model=other)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@bug('the model is loaded before the optimiser is found not to fit')
+def test_an_optimiser_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    kept, other = tiny_net(), tiny_net()
+    save_checkpoint(tmp_path / 'c', 1, model=kept, optimiser=Adam([list(kept.parameters())], 0.1))
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with refused(tmp_path / 'c'):
+        load_checkpoint(tmp_path / 'c', model=other, optimiser=Adam(two_groups(other), 0.1))
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@bug('map_location is cpu, and an optimiser of fastai keeps the tensors where they are')
+def test_what_an_optimiser_remembers_goes_where_its_weights_are(tmp_path):
+    learn = train(tiny_learner(), 1)
+    save_checkpoint(tmp_path / 'c', 1, optimiser=learn.opt)
+    there = tiny_net().to('meta')  # a device that every machine has
+    optimiser = Adam(two_groups(there), 0.1)
+    load_checkpoint(tmp_path / 'c', optimiser=optimiser)
+    states = [optimiser.state[p]['grad_avg'].device.type for p in there.parameters()]
+    assert set(states) == {'meta'}
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / 'c'
+    save_checkpoint(path, 1, model=tiny_net())
+    whole = path.read_bytes()
+    for content in [b'', b'x', whole[:10], whole[: len(whole) // 2], whole[:-1], b'\n' * 50]:
+        path.write_bytes(content)
+        with refused(path, 'Remove it'):
+            load_checkpoint(path, model=tiny_net())
+    path.unlink()
+    path.mkdir()
+    with refused(path):
+        load_checkpoint(path, model=tiny_net())
+
+
+@pytest.mark.parametrize(
+    'content', [[], 5, {}, {'parts': {}}, {'parts': {}, 'random': {}, 'step': 1}, None]
+)
+def test_a_checkpoint_of_another_kind_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / 'c')
+    with refused(tmp_path / 'c', 'Remove it'):
+        load_checkpoint(tmp_path / 'c')
+
+
+@pytest.mark.parametrize('kind', ['pickle', 'torch', 'old torch', 'part'])
+def test_a_program_in_a_checkpoint_is_not_run(kind, tmp_path):
+    path, evil = tmp_path / 'c', Evil(tmp_path / 'it ran')
+    if kind == 'pickle':
+        path.write_bytes(pickle.dumps(evil))
+    elif kind == 'part':
+        save_checkpoint(path, 1, model=tiny_net(), extra=evil)
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=kind == 'torch')
+    with refused(path) as _:
+        load_checkpoint(path, model=tiny_net())
+    with pytest.raises(PhotoError) as error:
+        train(tiny_learner(), 1, [KeepGoing(path)])
+    message = last_line(error)
+    assert str(path) in message and 'weights_only' not in message
+    assert not evil.folder.exists()
+    torch.load(path, weights_only=False) if kind != 'pickle' else pickle.loads(path.read_bytes())
+    assert evil.folder.exists()  # it would have run
+
+
+@pytest.mark.parametrize('failure', [OSError(errno.ENOSPC, 'No space left'), Killed()])
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(failure, tmp_path, monkeypatch):
+    path = tmp_path / 'c'
+    save_checkpoint(path, 1, model=tiny_net())
+    whole = path.read_bytes()
+
+    def half(states, target):
+        Path(target).write_bytes(whole[: len(whole) // 2])
+        raise failure
+
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(PhotoError if isinstance(failure, OSError) else Killed) as error:
+        save_checkpoint(path, 2, model=tiny_net())
+    if isinstance(failure, OSError):
+        assert str(path) in one_line(error) and 'No space left' in one_line(error)
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+    assert load_checkpoint(path)[0] == 1
+
+
+@contextmanager
+def disk_of(size):
+    "No file may become larger than `size` bytes: a write beyond it fails, as on a full disk."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@bug('torch.save raises RuntimeError where a disk is full, which write_atomically lets pass')
+def test_a_full_disk_is_a_photo_error(tmp_path):
+    path = tmp_path / 'c'
+    save_checkpoint(path, 1)
+    with refused(path), disk_of(100_000):
+        save_checkpoint(path, 2, model=nn.Linear(1000, 1000))
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path):
+    path = tmp_path / 'c'
+    save_checkpoint(path, 1)
+    with pytest.raises((PhotoError, RuntimeError)), disk_of(100_000):
+        save_checkpoint(path, 2, model=nn.Linear(1000, 1000))
+    assert load_checkpoint(path)[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+
+
+@pytest.mark.parametrize('use', ['validate', 'get_preds', 'lr_find'])
+@bug('KeepGoing in cbs of the Learner also acts on validate, get_preds and lr_find')
+def test_a_callback_of_the_learner_disturbs_nothing_but_trainings(use, tmp_path):
+    path = tmp_path / 'c'
+    learn = train(tiny_learner(cbs=[KeepGoing(path)]), 2)
+    content = path.read_bytes()
+    with torch.no_grad():
+        learn.model[4].bias += 1  # as somebody goes on working with the model
+    bias = learn.model[4].bias.detach().clone()
+    with learn.no_bar(), learn.no_logging():
+        if use == 'lr_find':
+            learn.lr_find(num_it=3, show_plot=False)
+        else:
+            getattr(learn, use)()
+    assert torch.equal(learn.model[4].bias, bias)
+    assert path.read_bytes() == content
+
+
+SCRIPT = '''
+import os, random, signal, sys
+import numpy as np, torch, warnings
+warnings.simplefilter('ignore')
+import fastai.callback.schedule
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from PIL import Image
+from torch import nn
+from enhance_lib.crappify import Recipe, Step
+from enhance_lib.workbench import KeepGoing, recipe_dls
+
+home = sys.argv[1]
+torch.set_num_threads(1)
+
+class Die(Callback):
+    order = 90
+    def before_batch(self):
+        if self.training and (self.epoch, self.iter) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def die_while_writing():
+    save, saved = torch.save, []
+    def half(states, target):
+        save(states, target)
+        saved.append(target)
+        if states['step'] == 3:
+            os.truncate(target, os.path.getsize(target) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = half
+
+def run(name, seed, checkpoint, die=None):
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    noise = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)
+    photos = [Image.fromarray(n) for n in noise]
+    recipe = Recipe('grain', (Step('noise', sigma=20),))
+    dls = recipe_dls(photos, photos[:2], recipe, 8, bs=2, device='cpu')
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Dropout(.2), nn.Conv2d(4, 3, 1))
+    if die == 'writing':
+        die_while_writing()
+    learn = Learner(dls, net, nn.MSELoss(), cbs=[Die] if die == 'training' else [])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(4, 1e-2, cbs=KeepGoing(f'{home}/{checkpoint}'))
+    torch.save(net.state_dict(), f'{home}/{name}.weights')
+
+# a process for each run: each is really killed, and the libraries are imported only once
+for job in [
+    ('straight', 0, 'one'),
+    ('killed', 0, 'two', 'training'),
+    ('killed-again', 1, 'two', 'writing'),
+    ('finished', 2, 'two'),
+]:
+    child = os.fork()
+    if not child:
+        try:
+            run(*job)
+        except BaseException as e:
+            print(e, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    print(job[0], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+'''
+
+
+def test_a_training_that_is_really_killed_goes_on(tmp_path):
+    "In the middle of an epoch, and again in the middle of writing a checkpoint."
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    root = Path(workbench.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    ends = ['straight 0', 'killed -9', 'killed-again -9', 'finished 0']
+    assert done.stdout.splitlines() == ends, done.stderr
+    straight, finished = (
+        torch.load(tmp_path / f'{name}.weights') for name in ('straight', 'finished')
+    )
+    assert all((straight[k] - finished[k]).abs().max() <= 1e-6 for k in straight)
+
+
+# Training loops by hand
+
+
+def loop_by_hand(seed, path, epochs=4, die=None):
+    "A loop as a lesson would write it, which keeps the order of its photos as well."
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    recipe = Recipe('grain', (Step('noise', sigma=20),))
+    dls = recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS[:2], recipe, 8, bs=2, device='cpu')
+    model = tiny_net()
+    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.01, total_steps=3 * epochs)
+    parts = {'model': model, 'optimiser': optimiser, 'schedule': schedule}
+    start, kept = load_checkpoint(path, **parts)
+    if kept:
+        version, numbers, gauss = kept['order']
+        dls.train.rng.setstate((version, tuple(numbers), gauss))
+    losses = kept.get('losses', [])
+    for epoch in range(start, epochs):
+        for i, (bad, good) in enumerate(dls.train):
+            if (epoch, i) == die:
+                raise Killed
+            loss = F.mse_loss(model(bad), good)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+        order = dls.train.rng.getstate()
+        save_checkpoint(path, epoch + 1, **parts, losses=losses, order=order)
+    return model, losses
+
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+def test_a_loop_by_hand_goes_on_too(epoch, tmp_path):
+    straight, losses = loop_by_hand(0, tmp_path / 'one')
+    with pytest.raises(Killed):
+        loop_by_hand(0, tmp_path / 'two', die=(epoch, 1))
+    model, again = loop_by_hand(7, tmp_path / 'two')
+    assert equal_weights(straight, model, within=1e-6)
+    assert len(losses) == 12 and again == pytest.approx(losses, abs=1e-6)
+
+
+def fit_srcnn(path, seed, monkeypatch=None, die_after=None, epochs=3):
+    "The loop of lesson 04 on photos that are twice as large as the network's input."
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    photos = [noise_photo(32, 30, 'L', seed=i) for i in range(6)]
+    dls = recipe_dls(photos, photos[:1], TASKS['x2'], 24, bs=2, once=True, device='cpu')
+    model = SRCNN(2, residual=True)
+    if die_after:
+
+        def save_and_die(path, step, **parts):
+            save_checkpoint(path, step, **parts)
+            if step == die_after:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(srcnn, 'save_checkpoint', save_and_die)
+            with pytest.raises(Killed):
+                srcnn.fit(model, dls, epochs, checkpoint=path, progress=False)
+        return None
+    return model, srcnn.fit(model, dls, epochs, checkpoint=path, progress=False)
+
+
+@bug('fit keeps all but dls.train.rng, so the photos come in another order after a kill')
+def test_the_loop_of_lesson_04_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: None)
+    straight, history = fit_srcnn(tmp_path / 'one', seed=0)
+    fit_srcnn(tmp_path / 'two', 0, monkeypatch, die_after=1)
+    model, again = fit_srcnn(tmp_path / 'two', seed=5)
+    assert len(history) == len(again) == 3
+    assert equal_weights(straight, model, within=1e-6)
+
+
+def test_the_loop_of_lesson_04_keeps_its_history_and_does_nothing_twice(tmp_path, monkeypatch):
+    path = tmp_path / 'c'
+    fit_srcnn(path, 0, monkeypatch, die_after=2)
+    _, kept = load_checkpoint(path)
+    model, history = fit_srcnn(path, 0)
+    assert [row['epoch'] for row in history] == [1, 2, 3]
+    assert history[:2] == kept['history']
+    again, same = fit_srcnn(path, 8)
+    assert same == history and equal_weights(model, again)

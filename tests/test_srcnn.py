@@ -1,0 +1,314 @@
+"""SRCNN: the network of the paper, the loop, and weights that keep what their cards say."""
+
+import importlib.util
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from enhance_lib import srcnn
+from enhance_lib.measure import TASKS, read_card, rgb_to_ycbcr, to_photo, to_tensor
+from enhance_lib.photos import Budget, PhotoError, find_photos, sample_photo, save_photo
+from enhance_lib.srcnn import (
+    PUBLISHED,
+    SRCNN,
+    SheetPairs,
+    enlarge,
+    fit,
+    luma_pair,
+    train_published,
+    validate,
+    write_sheets,
+)
+from enhance_lib.workbench import WEIGHTS, load_model, pair_loaders, published, recipe_dls
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+sys.path.insert(0, str(ROOT / 'tools'))
+import weights as tool
+
+has_bench = pytest.mark.skipif(
+    not (SHARED / 'data' / 'bench').is_dir(), reason='the benchmark sets do not lie beside it'
+)
+
+
+def yardstick():
+    "The independent measure beside the project."
+    spec = importlib.util.spec_from_file_location('yardstick', SHARED / 'tools' / 'yardstick.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A folder of three small photos."
+    folder = tmp_path_factory.mktemp('photos')
+    for name in ('rocket', 'coins', 'flower'):
+        save_photo(sample_photo(name).crop((40, 60, 290, 285)), folder / f'{name}.png')
+    return folder
+
+
+def in_plain_torch(net):
+    "The network of S3 as one would write it with torch's own layers."
+
+    def layer(ours, k):
+        conv = nn.Conv2d(
+            ours.in_channels, ours.out_channels, k, padding=2, padding_mode='replicate'
+        )
+        conv.load_state_dict(ours.state_dict())
+        return conv
+
+    return nn.Sequential(
+        layer(net.conv1, 9), nn.ReLU(), layer(net.conv2, 1), nn.ReLU(), layer(net.conv3, 5)
+    )
+
+
+# The network
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(5, 30), st.integers(5, 30), st.booleans())
+def test_the_network_is_that_of_the_paper(height, width, residual):
+    torch.manual_seed(0)
+    net, x = SRCNN(residual=residual), torch.rand(2, 1, height, width)
+    expected = in_plain_torch(net)(x) + (x if residual else 0)
+    assert torch.allclose(net(x), expected, atol=1e-5)
+
+
+def test_it_has_8129_parameters():
+    assert sum(p.numel() for p in SRCNN().parameters()) == 5248 + 2080 + 801 == 8129
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@settings(deadline=None, max_examples=10)
+@given(st.data())
+def test_enlarge_is_bicubic_of_pillow(scale, data):
+    w, h, seed = (data.draw(st.integers(*r)) for r in ((2, 20), (2, 20), (0, 99)))
+    # from 64 to 191, so that nothing is cut off at 0 or 255, which Pillow does
+    pixels = np.random.default_rng(seed).integers(64, 192, (h, w)).astype(np.float32)
+    pillow = Image.fromarray(pixels).resize((w * scale, h * scale), Image.Resampling.BICUBIC)
+    ours = enlarge(torch.from_numpy(pixels)[None, None] / 255, scale)[0, 0] * 255
+    assert np.abs(ours.numpy() - np.asarray(pillow)).max() < 0.01
+
+
+def test_colours_are_carried_by_bicubic():
+    torch.manual_seed(0)
+    net, x = SRCNN(scale=3), to_tensor(sample_photo('coffee').crop((200, 100, 240, 130)))
+    with torch.inference_mode():
+        y, cb, cr = rgb_to_ycbcr(net.enhance(x))[0]
+        large = enlarge(rgb_to_ycbcr(x), 3)
+        assert torch.allclose(torch.stack([cb, cr]), large[0, 1:], atol=1e-4)
+        assert torch.allclose(y, net(large[:, :1])[0, 0], atol=1e-4)
+
+
+def test_an_untrained_residual_of_zero_is_bicubic():
+    net = SRCNN(scale=2, residual=True)
+    nn.init.zeros_(net.conv3.weight), nn.init.zeros_(net.conv3.bias)
+    small = sample_photo('cat').crop((100, 40, 260, 140))
+    large = np.asarray(small.resize((320, 200), Image.Resampling.BICUBIC), int)
+    assert np.abs(np.asarray(net.predict(small), int) - large).max() <= 3  # rounded twice in Pillow
+
+
+# Pairs
+
+
+def test_sheets_hold_good_left_and_bad_right(tmp_path):
+    cat = sample_photo('cat')
+    assert write_sheets({'cat': cat}, tmp_path) == 64  # 1024×1024 in tiles of 128×128
+    pairs = SheetPairs(tmp_path)
+    assert len(pairs) == 64
+    good = np.asarray(cat.resize((1024, 1024), Image.Resampling.BICUBIC).convert('L'))
+    by_name = dict(zip([p.stem for p in pairs.paths], range(64)))
+    bad_tile, good_tile = pairs[by_name['cat-256-128']]
+    assert bad_tile.shape == good_tile.shape == (1, 128, 128)
+    here = good[128:256, 256:384]
+    assert np.array_equal((good_tile[0] * 255).round().numpy(), here)
+    off = np.abs((bad_tile[0] * 255).numpy() - here)
+    assert 0.5 < off.mean() < 10  # JPEG of quality 20
+
+
+def test_sheets_that_are_none(tmp_path):
+    with pytest.raises(PhotoError):
+        SheetPairs(tmp_path)
+    save_photo(sample_photo('cat').crop((0, 0, 33, 20)), tmp_path / 'odd.png')
+    with pytest.raises(PhotoError, match='33 wide'):
+        SheetPairs(tmp_path)[0]
+
+
+def test_luma_pair_brings_both_to_one_size():
+    bad, good = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 24, 24)
+    x, y = luma_pair(bad, good)
+    assert x.shape == y.shape == (2, 1, 24, 24)
+    by_hand = (16 + 65.481 * good[:, 0] + 128.553 * good[:, 1] + 24.966 * good[:, 2]) / 255
+    assert torch.allclose(y[:, 0], by_hand, atol=1e-5)
+    gray = torch.rand(1, 1, 8, 8)
+    assert luma_pair(gray, gray)[0] is gray
+
+
+# Training
+
+
+def gray_dls(photos):
+    paths = find_photos(photos)
+    return recipe_dls(
+        paths[:2], paths[2:], TASKS['gray-jpeg20'], 32, bs=4, per_photo=8, device='cpu'
+    )
+
+
+def test_validation_by_hand(photos):
+    class Half(nn.Module):
+        def forward(self, x, pad=0):
+            return x[..., 6:-6, 6:-6] / 2
+
+    dls = gray_dls(photos)
+    before, after = [], []
+    for bad, good in dls.valid:
+        inside = (slice(None), slice(None), slice(6, 26), slice(6, 26))
+        before.append(F.mse_loss(bad[inside], good[inside]))
+        after.append(F.mse_loss(bad[inside] / 2, good[inside]))
+    expected = [-10 * math.log10(torch.stack(e).mean()) for e in (before, after)]
+    found = validate(Half(), dls)
+    assert found == pytest.approx(expected, abs=0.1)  # half precision rounds the prediction
+
+
+def test_training_beats_its_input(photos):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    history = fit(SRCNN(residual=True), gray_dls(photos), 12, lr=2e-3, progress=False)
+    assert [row['epoch'] for row in history] == list(range(1, 13))
+    assert history[-1]['loss'] < history[0]['loss']
+    assert history[-1]['PSNR'] == pytest.approx(-10 * math.log10(history[-1]['loss']))
+    assert len({row['input'] for row in history}) == 1  # the same pairs each time
+
+
+def test_a_checkpoint_of_another_network(photos, tmp_path):
+    path = tmp_path / 'a.ckpt'
+    fit(SRCNN(residual=True), gray_dls(photos), 1, checkpoint=path, progress=False)
+
+    class Wider(SRCNN):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(1, 65, 9), nn.Conv2d(65, 32, 1)
+
+    with pytest.raises(PhotoError, match=r'a\.ckpt.* does not fit'):
+        fit(Wider(), gray_dls(photos), 1, checkpoint=path, progress=False)
+
+
+def test_an_unknown_published_model(photos, tmp_path):
+    with pytest.raises(PhotoError, match='srcnn-x2'):
+        train_published('srcnn-x5', find_photos(photos), tmp_path / 'a.ckpt', Budget('smoke'))
+
+
+# What is published
+
+
+def test_all_are_there():
+    assert set(PUBLISHED) <= set(published())
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_card_says_what_there_is(name):
+    task, scale = PUBLISHED[name]
+    model, card = load_model(name), read_card(WEIGHTS / f'{name}.json')
+    assert isinstance(model, SRCNN) and model.scale == card['scale'] == scale
+    assert card['parameters'] == 8129 and card['task'] == task and card['budget'] == 'full'
+    assert {'recipe', 'training', 'scores', 'command', 'licence', 'machine'} <= set(card)
+    assert [row['model'] for row in card['scoreboard']] == ['input', name]
+    before, after = card['scoreboard']
+    assert after['dB'] > before['dB'] and after['SSIM'] > before['SSIM']
+    assert (WEIGHTS / f'{name}.safetensors').stat().st_size < 50_000
+
+
+@has_bench
+@pytest.mark.parametrize('scale, least', [(2, 36.1), (3, 32.1), (4, 29.9)])
+def test_set5_by_the_yardstick(scale, least):
+    model = load_model(f'srcnn-x{scale}')
+    measured, _ = yardstick().score_sr(model.predict, SHARED / 'data' / 'bench', 'Set5', scale)
+    assert measured >= least
+    assert model.card['scores']['Set5']['output'] == pytest.approx(measured, abs=0.02)
+
+
+@has_bench
+def test_classic5_by_the_yardstick():
+    model = load_model('srcnn-jpeg20')
+
+    def fix(gray):
+        return np.asarray(model.predict(Image.fromarray(gray)))
+
+    folder = SHARED / 'data' / 'bench' / 'Classic5'
+    before, after, _ = yardstick().score_jpeg(fix, folder, 20)
+    assert after - before >= 0.5
+    said = model.card['scores']['Classic5']
+    assert [said['input'], said['output']] == pytest.approx([before, after], abs=0.02)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_half_precision_costs_next_to_nothing(name):
+    "Within 0.02 dB of the same weights run plainly."
+    model, (bad, good) = load_model(name), TASKS[PUBLISHED[name][0]].pair(sample_photo('china'))
+    with torch.inference_mode():
+        plain = to_photo(load_model(name).enhance(to_tensor(bad)))
+    fast = model.predict(bad)
+    truth = np.asarray(good, float)
+    decibels = [
+        10 * np.log10(255**2 / np.mean((np.asarray(p) - truth) ** 2)) for p in (plain, fast)
+    ]
+    assert abs(decibels[0] - decibels[1]) < 0.02
+
+
+# make weights
+
+
+def test_make_weights_at_smoke(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'ROOT', tmp_path)
+    monkeypatch.setattr(tool, 'SHARED', tmp_path / 'none')
+    kept = {p.name: p.read_bytes() for p in WEIGHTS.iterdir()}
+    monkeypatch.setattr(tool, 'board_row', lambda model, task, *_: {'task': task, 'model': model})
+    monkeypatch.setattr(srcnn, 'progress_bar', lambda steps, **_: steps)
+    arguments = ['--models', 'srcnn-x3', '--budget', 'smoke', '--photos', str(photos)]
+    assert tool.main(arguments) == 0
+    home = tmp_path / '_weights' / 'smoke'
+    model = load_model(home / 'srcnn-x3.safetensors')
+    assert model.scale == 3 and model.card['budget'] == 'smoke'
+    assert model.card['training']['photos'] == {photos.name: 3}
+    # a second time it goes on from the checkpoint, which is of a finished training
+    assert tool.main(arguments) == 0
+    again = load_model(home / 'srcnn-x3.safetensors')
+    assert again.card['sha256'] == model.card['sha256']
+    assert {p.name: p.read_bytes() for p in WEIGHTS.iterdir()} == kept
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--models', 'srcnn-x9'], 'srcnn-x2'),
+        (['--photos', 'no such folder'], 'no such folder'),
+        (['--budget', 'huge'], 'smoke'),
+        ([], 'Name a folder'),
+    ],
+)
+def test_make_weights_says_what_is_wrong(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'ROOT', tmp_path)
+    monkeypatch.setattr(tool, 'SHARED', tmp_path / 'none')
+    assert tool.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count('\n') == 1
+
+
+def test_loaders_on_sheets(tmp_path):
+    write_sheets({'cat': sample_photo('cat')}, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        dls = pair_loaders(SheetPairs(tmp_path), SheetPairs(tmp_path), bs=8, device='cpu')
+        bad, good = dls.one_batch()
+    assert bad.shape == good.shape == (8, 1, 128, 128) and len(dls.train) == 8

@@ -189,11 +189,11 @@ def luma(
 
 # %% ../nbs/02_measure.ipynb #bb356823
 def luma_psnr(
-    prediction,  # a photo, or a batch (N, C, H, W) in [0, 1]; C is 3, or 1 for luma
+    prediction,  # a photo, or a batch (N, C, H, W) in [0, 1]; C is 3, or 1: measured as it is
     target,  # of the same kind and size
     shave: int = 0,  # pixels to leave out at each side; papers on super-resolution use the scale
 ):  # dB: a number, or for a batch a tensor (N,); infinite for two identical pictures
-    "PSNR as the papers measure it: on the luma Y, borders shaved. Raises `PhotoError`."
+    "PSNR as the papers measure it: on the luma Y, borders shaved. Raises `PhotoError`, as `mse`."
     a, b = (shaved(luma(x), shave) for x in _pair(prediction, target))
     return _answer(psnr(a, b), target)
 
@@ -433,7 +433,7 @@ def board_pairs(
 
 
 def unenhanced(
-    bad: Image.Image,
+    bad: Image.Image,  # of any mode
     size: tuple,  # (width, height) in pixels
 ) -> Image.Image:
     "The line to beat: the bad photo as it is, enlarged by bicubic where it is smaller."
@@ -483,7 +483,7 @@ def read_card(
         card = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise PhotoError(f"There is no card '{path}'.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise PhotoError(f"The card '{path}' can not be read ({e}).") from e
     if not isinstance(card, dict):
         raise PhotoError(f"The card '{path}' is not a JSON object.")

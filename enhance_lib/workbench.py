@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop_pair', 'Pairs', 'pair_loaders', 'recipe_dls',
-           'folder_dls', 'AutocastCPU', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
-           'KeepGoing', 'PhotoModel', 'save_weights', 'published', 'load_model']
+           'folder_dls', 'AutocastCPU', 'random_states', 'set_random_states', 'Order', 'save_checkpoint',
+           'load_checkpoint', 'KeepGoing', 'PhotoModel', 'save_weights', 'published', 'load_model']
 
 # %% ../nbs/03_workbench.ipynb #50501b0f
+import copy
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import random
 import warnings
@@ -44,6 +46,7 @@ with warnings.catch_warnings():
     from fastai.callback.core import Callback, CancelEpochException
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
+    from fastai.torch_core import set_seed, to_float
 
 # %% ../nbs/03_workbench.ipynb #a4ee0d92
 def pick_device(
@@ -56,8 +59,8 @@ def pick_device(
         name = 'cuda' if gpu else 'mps' if apple else 'cpu'
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as e:
+        torch.empty(1, device=device).cpu()
+    except Exception as e:  # what is raised depends on the device
         there = ', '.join(['cpu', *['cuda'] * gpu, *['mps'] * apple])
         raise PhotoError(f'There is no device {name!r} here. There are: {there}.') from e
     return device
@@ -71,15 +74,16 @@ def half_dtype(
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)  # a T4 only imitates bfloat16
         return torch.bfloat16 if ampere else torch.float16
     if device.type == 'cpu':
-        known = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-        fast = any(getattr(torch.cpu, f, bool)() for f in known)
+        questions = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+        # an older torch has no such question: bool() answers no
+        fast = any(getattr(torch.cpu, question, bool)() for question in questions)
         return torch.bfloat16 if fast else None
     return None
 
 
 def autocast(
     device: torch.device,  # as `pick_device` gives it
-    enabled: bool = True,
+    enabled: bool = True,  # False: stay in float32
 ):  # a context manager
     "Compute in `half_dtype` inside a `with`, where the device has one."
     dtype = half_dtype(device) if enabled else None
@@ -112,7 +116,7 @@ class PhotoCache:
 
 # %% ../nbs/03_workbench.ipynb #243dc1bb
 def crop_pair(
-    bad: Image.Image,
+    bad: Image.Image,  # of any mode
     good: Image.Image,  # of the size of `bad`, or a whole number of times larger
     size: int,  # side of the crop of `good`, in pixels
     rng: np.random.Generator | None = None,  # where to crop; None: in the middle
@@ -124,7 +128,7 @@ def crop_pair(
             f'Bad is {bad.width}×{bad.height} and good {good.width}×{good.height}: '
             'good has to be as large, or a whole number of times larger.'
         )
-    if size % scale:
+    if size % scale or size < 1:
         raise PhotoError(f'A crop of {size} pixels can not be divided by {scale}.')
     small = size // scale
     if small > min(bad.size):
@@ -184,6 +188,13 @@ def pair_loaders(
     )
 
 # %% ../nbs/03_workbench.ipynb #49474dd1
+def _named(source, sources):
+    "Enter a photo or path in `sources`, and give the name that its dice are thrown by."
+    name = f'{len(sources)} {"" if isinstance(source, Image.Image) else source}'
+    sources[name] = source
+    return name
+
+
 def recipe_dls(
     train: list | str | Path,  # photos or paths, or a folder
     valid: list | str | Path,  # the same, of other photos
@@ -192,25 +203,31 @@ def recipe_dls(
     bs: int = 8,  # pairs in a batch
     valid_size: int | None = None,  # side of a good crop to validate with; by default `size`
     per_photo: int = 1,  # crops from each photo in an epoch
-    once: bool = False,  # crappify each photo as a whole and once, instead of each crop anew
+    once: bool = False,  # crappify whole photos, once, and keep all pairs: for some hundred photos
     cache: float = 2000,  # megabytes of decoded photos to keep in memory
     n_workers: int = 0,  # processes that make pairs
     device=None,  # by default the fastest here
 ) -> DataLoaders:  # of (bad, good) batches in [0, 1]
-    "Pairs on the fly from good photos and a recipe. Raises `PhotoError`."
+    "Pairs on the fly. Raises `PhotoError` if there is no photo, or one is smaller than the crop."
     recipe, keep = get_recipe(recipe), PhotoCache(0 if once else cache)
     seen = {}
 
-    def make(photo, rng, size=size):
-        seed = int(rng.integers(2**31))
-        if not once:
-            return recipe.pair(keep(photo), seed, size=size)
-        key = id(photo) if isinstance(photo, Image.Image) else photo
-        if key not in seen:
-            seen[key] = recipe.pair(keep(photo), 0, name=str(key))
-        return crop_pair(*seen[key], size, rng)
+    def whole_pair(item):
+        if item not in seen:
+            seen[item] = recipe.pair(keep(sources[item]), 0, name=item)
+        return seen[item]
+
+    def make(item, rng, size=size):
+        if once:
+            return crop_pair(*whole_pair(item), size, rng)
+        return recipe.pair(keep(sources[item]), int(rng.integers(2**31)), size=size)
 
     train, valid = (find_photos(s) if isinstance(s, str | Path) else s for s in (train, valid))
+    sources = {}  # name -> photo or path
+    train, valid = ([_named(p, sources) for p in photos] for photos in (train, valid))
+    if n_workers:  # they are new in every epoch, so what they would keep is lost: decode before
+        for item, source in sources.items():
+            whole_pair(item) if once else keep(source)
     to_validate = Pairs(partial(make, size=valid_size or size), valid, fixed=True)
     return pair_loaders(Pairs(make, train, per_photo), to_validate, bs, n_workers, device)
 
@@ -253,21 +270,29 @@ def folder_dls(
 class AutocastCPU(Callback):
     "Train in bfloat16 on a CPU that is faster with it; on others, and on a GPU, do nothing."
 
-    order = 10  # where fastai's own MixedPrecision stands
+    hooks = ()
 
     def before_fit(self):
+        self.after_fit()  # where the last training ended in an error
         on_cpu = self.dls.device.type == 'cpu'
-        self.dtype = half_dtype(self.dls.device) if on_cpu else None
+        if on_cpu and half_dtype(self.dls.device):
+            # around the model alone, and closed even after an error: autocast is global in torch
+            self.hooks = (
+                self.model.register_forward_pre_hook(self.enter),
+                self.model.register_forward_hook(self.leave, always_call=True),
+            )
 
-    def before_batch(self):
-        self.autocast = torch.autocast('cpu', self.dtype) if self.dtype else nullcontext()
-        self.autocast.__enter__()
+    def enter(self, model, x):
+        self.context = autocast(self.dls.device)
+        self.context.__enter__()
 
-    def after_pred(self):
-        self.learn.pred = self.pred.float() if self.dtype else self.pred
+    def leave(self, model, x, prediction):
+        self.context.__exit__(None, None, None)
+        return to_float(prediction)  # the loss is computed in float32
 
-    def after_loss(self):
-        self.autocast.__exit__(None, None, None)
+    def after_fit(self):
+        for hook in self.hooks:
+            hook.remove()
 
 # %% ../nbs/03_workbench.ipynb #99187876
 def _plain(value):
@@ -306,35 +331,65 @@ def set_random_states(
         torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
 
 # %% ../nbs/03_workbench.ipynb #225e1aad
+class Order:
+    "Where the random order of a `DataLoaders` stands, for a checkpoint."
+
+    def __init__(self, dls):
+        self.loader = dls.train
+
+    def state_dict(self):
+        return {'order': self.loader.rng.getstate()}
+
+    def load_state_dict(self, state):
+        version, numbers, gauss = state['order']
+        self.loader.rng.setstate((version, tuple(numbers), gauss))
+
+
 def save_checkpoint(
     path: str | Path,  # the file to write, atomically
     step: int,  # how far the training got
     **parts,  # model, optimiser, schedule…: whatever has a `state_dict`; or plain values
 ):
-    "Keep all that a training needs to go on, random states included."
+    "Keep all that a training needs to go on, random states included. Raises `PhotoError`."
     states = {k: v.state_dict() if hasattr(v, 'state_dict') else v for k, v in parts.items()}
     with write_atomically(path) as temporary:
-        torch.save({'step': step, 'random': random_states(), 'parts': _plain(states)}, temporary)
+        try:
+            kept = {'step': step, 'random': random_states(), 'parts': _plain(states)}
+            torch.save(kept, temporary)
+        except RuntimeError as e:  # torch's word for a full disk
+            raise PhotoError(f"'{path}' could not be written: {_first_line(e)}.") from e
 
 
+def _first_line(error):
+    "The first line of what an error says, or its name."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+# %% ../nbs/03_workbench.ipynb #ac578d45
 def load_checkpoint(
     path: str | Path,  # as `save_checkpoint` wrote it
-    **parts,  # the same parts: those with a `load_state_dict` are set to what was kept
+    device: str | torch.device = 'cpu',  # where the training runs
+    **parts,  # those with a `load_state_dict` are set to what was kept; other values must be equal
 ) -> tuple[int, dict]:  # the step, and all the parts as they were kept; 0 and {} without a file
-    "Put a training back to where it stood. Raises `PhotoError` if the file is of another one."
+    "Put a training back to where it stood. Raises `PhotoError`, all unchanged, if it is another."
     path = Path(path)
     if not path.exists():
         return 0, {}
+    stateful = {k: v for k, v in parts.items() if hasattr(v, 'load_state_dict')}
+    before = copy.deepcopy({k: v.state_dict() for k, v in stateful.items()})
     try:
-        kept = torch.load(path, map_location='cpu', weights_only=True)
+        kept = torch.load(path, map_location=device, weights_only=True)
         states = kept['parts']
-        for name, part in parts.items():
-            if hasattr(part, 'load_state_dict'):
-                part.load_state_dict(states[name])
+        for name in parts.keys() - stateful.keys():
+            if states[name] != parts[name]:
+                raise ValueError(f'{name} was {states[name]}, not {parts[name]}')
+        for name, part in stateful.items():
+            part.load_state_dict(states[name])
         set_random_states(kept['random'])
         return kept['step'], states
     except Exception as e:  # damaged, a pickle of something else, other shapes, other parts
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        for name, part in stateful.items():
+            part.load_state_dict(before[name])
+        why = _first_line(e)
         if isinstance(e, pickle.UnpicklingError):  # its words tell people to load it anyway
             why = 'it is damaged, or holds more than numbers'
         raise PhotoError(
@@ -343,29 +398,27 @@ def load_checkpoint(
 
 # %% ../nbs/03_workbench.ipynb #2ffa01d4
 class KeepGoing(Callback):
-    "Write a checkpoint after every epoch; where there is one already, go on from it."
+    "Write a checkpoint after every epoch of a `fit`, and go on from it. Raises `PhotoError`."
 
     order = 70  # after the schedule and the recorder
 
     def __init__(
         self,
-        path: str | Path,  # of the checkpoint
+        path: str | Path,  # of the checkpoint; a file for each `fit`
     ):
         self.path = Path(path)
 
+    def after_create(self):
+        raise PhotoError('KeepGoing belongs to one training: fit(…, cbs=KeepGoing(path)).')
+
     def _parts(self):
-        return {'model': self.model, 'optimiser': self.opt}
+        parts = {'model': self.model, 'optimiser': self.opt, 'order': Order(self.dls)}
+        if getattr(self.learn, 'scaler', None):  # of float16 on a GPU
+            parts['scaler'] = self.learn.scaler
+        return {**parts, 'epochs': self.n_epoch}
 
     def before_fit(self):
-        self.start, kept = load_checkpoint(self.path, **self._parts())
-        if kept:
-            if kept['epochs'] != self.n_epoch:
-                raise PhotoError(
-                    f"'{self.path}' is of a training of {kept['epochs']} epochs, "
-                    f'not {self.n_epoch}. Remove it to start anew.'
-                )
-            version, numbers, gauss = kept['order']
-            self.dls.train.rng.setstate((version, tuple(numbers), gauss))
+        self.start, _ = load_checkpoint(self.path, self.dls.device, **self._parts())
 
     def before_epoch(self):
         if self.epoch < self.start:
@@ -373,18 +426,16 @@ class KeepGoing(Callback):
 
     def after_epoch(self):
         if self.epoch >= self.start:
-            order = self.dls.train.rng.getstate()
-            save_checkpoint(
-                self.path, self.epoch + 1, **self._parts(), epochs=self.n_epoch, order=order
-            )
+            save_checkpoint(self.path, self.epoch + 1, **self._parts())
 
 # %% ../nbs/03_workbench.ipynb #c29da82e
 class PhotoModel(nn.Module):
     "A network that makes photos better. A subclass has a `forward` from x to x in [0, 1]."
 
+    arguments = {}  # what `__init__` was called with, for the card
     scale = 1  # how many times larger the photo gets, per side
-    margin = 16  # pixels around a tile that the network sees, and whose result is thrown away
-    tile = 256  # side of the tiles in pixels; each is computed with its margin
+    margin = 16  # pixels of the input around a tile that are computed too, and thrown away
+    tile = 256  # side of the tiles, in pixels of the input, without their margins
     multiple = 1  # sides of what `forward` gets are made divisible by this
     gray = False  # whether it takes gray photos (1 channel) as they are
 
@@ -396,24 +447,25 @@ class PhotoModel(nn.Module):
         return self(x)
 
 # %% ../nbs/03_workbench.ipynb #9fb15c66
-def _inside(box, margin, width, height):
-    "`box` grown by `margin` on all sides, as far as the photo goes."
+def _grown(box, margin, multiple, width, height):
+    "`box` grown by `margin` to all sides, and to the grid of `multiple`, as far as the photo goes."
     left, top, right, bottom = box
     return (
-        max(left - margin, 0),
-        max(top - margin, 0),
-        min(right + margin, width),
-        min(bottom + margin, height),
+        max(left - margin, 0) // multiple * multiple,
+        max(top - margin, 0) // multiple * multiple,
+        min(-(-(right + margin) // multiple) * multiple, width),
+        min(-(-(bottom + margin) // multiple) * multiple, height),
     )
 
 # %% ../nbs/03_workbench.ipynb #c5471a1c
 def _run(model, x, fast):
     "`enhance` a tile of any size on a device, in half precision where that is `fast` and works."
     height, width = x.shape[2:]
-    up = -(-max(height, model.margin) // model.multiple) * model.multiple - height
+    # a photo smaller than what the network sees would vanish in its convolutions
+    below = -(-max(height, model.margin) // model.multiple) * model.multiple - height
     right = -(-max(width, model.margin) // model.multiple) * model.multiple - width
-    if up or right:
-        x = F.pad(x, (0, right, 0, up), mode='replicate')
+    if below or right:
+        x = F.pad(x, (0, right, 0, below), mode='replicate')
     for half in [True, False] if fast and half_dtype(x.device) else [False]:
         with autocast(x.device, half):
             y = model.enhance(x.contiguous(memory_format=torch.channels_last)).float()
@@ -429,27 +481,28 @@ def _run(model, x, fast):
 def predict(
     self: PhotoModel,
     photo,  # a photo of any size and mode, or a path
-    device='cpu',  # 'cpu', 'cuda', 'mps'; or None for the fastest here
+    device='cpu',  # 'cpu', 'cuda', 'mps', or None for the fastest here; the model moves there
     fast: bool = True,  # in half precision where the device is faster with it
 ) -> Image.Image:  # `scale` times as large per side, of the same mode
-    "The better photo, computed tile by tile. Raises `PhotoError`."
+    "The better photo, tile by tile. Raises `PhotoError` for what is no photo, and for NaN."
     photo, device = open_photo(photo, None), pick_device(device)
     gray = photo.mode in ('L', 'LA')
     colours = photo.convert('L' if gray and self.gray else 'RGB')
     better = Image.new(colours.mode, (photo.width * self.scale, photo.height * self.scale))
     self.to(device, memory_format=torch.channels_last)
-    training = self.training
+    modes = {module: module.training for module in self.modules()}
     self.eval()
     try:
         with torch.inference_mode():
             for box in tile_boxes(*photo.size, self.tile, 0):
-                left, top, right, bottom = _inside(box, self.margin, *photo.size)
+                left, top, right, bottom = _grown(box, self.margin, self.multiple, *photo.size)
                 x = to_tensor(colours.crop((left, top, right, bottom))).to(device)
                 part = to_photo(_run(self, x, fast))
                 at = [self.scale * (side - from_) for side, from_ in zip(box, 2 * (left, top))]
                 better.paste(part.crop(at), (box[0] * self.scale, box[1] * self.scale))
     finally:
-        self.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if gray:
         better = better.convert('L')
     if photo.mode.endswith('A'):
@@ -470,9 +523,11 @@ def save_weights(
     path = Path(path)
     if path.suffix != '.safetensors':
         raise PhotoError(f"'{path}': the name of weights ends in .safetensors.")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise PhotoError(f"'{path}': the weights hold NaN, or values that are too large for it.")
     content = save(tensors)
     kind = type(model)
     card = {
@@ -484,11 +539,14 @@ def save_weights(
         **card,
         'sha256': hashlib.sha256(content).hexdigest(),
     }
-    text = json.dumps(card, indent=2, ensure_ascii=False) + '\n'
-    # the card is written last: weights without their card are not looked at
-    path.with_suffix('.json').unlink(missing_ok=True)
+    try:
+        text = json.dumps(_plain(card), indent=2, ensure_ascii=False) + '\n'
+    except TypeError as e:
+        raise PhotoError(f"'{path}': this can not stand on a card ({e}).") from e
     with write_atomically(path) as temporary:
         temporary.write_bytes(content)
+        # weights without a card are not looked at, so an old card never stands by new weights
+        path.with_suffix('.json').unlink(missing_ok=True)
     with write_atomically(path.with_suffix('.json')) as temporary:
         temporary.write_text(text, encoding='utf-8')
     return card
@@ -502,11 +560,12 @@ def published() -> list[str]:
 def _find_weights(name):
     "The path of the weights that somebody asked for by a published name or a path."
     path = Path(name)
+    there = os.path.isfile(path)  # Path.is_file raises for names that are too long
     if path.suffix == '.safetensors':
-        if not path.is_file():
+        if not there:
             raise PhotoError(f"There is no file '{path}'.")
         return path
-    if path.is_file() or path.suffix in ('.pth', '.pt', '.pkl', '.ckpt', '.bin'):
+    if there or path.suffix in ('.pth', '.pt', '.pkl', '.ckpt', '.bin'):
         raise PhotoError(
             f"'{path}' is not a .safetensors file. Others can hold programs (pickle), so they are "
             'not opened here. Save the weights with save_weights.'
@@ -541,7 +600,10 @@ def load_model(
 
     path = _find_weights(name)
     card = read_card(path.with_suffix('.json'))
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise PhotoError(f"'{path}' can not be read: {e.strerror}.") from e
     if hashlib.sha256(content).hexdigest() != card.get('sha256'):
         raise PhotoError(
             f"'{path}' is not the file that its card describes (checksum differs): "
@@ -552,7 +614,7 @@ def load_model(
         model = kind(**card.get('arguments', {}))
         model.load_state_dict({k: v.float() for k, v in load(content).items()})
     except Exception as e:
-        why = str(e).strip().splitlines()[0]
+        why = _first_line(e)
         raise PhotoError(
             f"'{path}' does not fit {kind.__name__}, the architecture on its card ({why})."
         ) from e

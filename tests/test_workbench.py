@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -499,6 +500,19 @@ def test_once_opens_and_crappifies_only_once(tmp_path, monkeypatch):
     assert len({x.numpy().tobytes() for x in bad}) <= 5 * 8
 
 
+def test_once_makes_the_same_whatever_comes_first(tmp_path):
+    "The bad photo depends on its name alone, so that a training that goes on finds it again."
+    noise_photo().save(tmp_path / 'a.png')
+    recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
+    for seed in (0, 1, 2):
+        np.random.seed(seed)
+        dls = recipe_dls(tmp_path, tmp_path, recipe, size=16, bs=1, once=True, device='cpu')
+        next(iter(dls.train))  # which may be of any place
+        batches.append(next(iter(dls.valid)))
+    assert not torch.equal(*batches[0])
+    assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
+
+
 @bug('the noise of a photo in memory comes from id(photo), which the next process changes')
 def test_once_makes_the_same_of_photos_in_memory_in_every_run():
     recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
@@ -516,7 +530,8 @@ def test_a_worker_makes_batches_too(once):
     make = dict(recipe=TASKS['x2'], size=8, bs=2, once=once, device='cpu')
     with_worker = recipe_dls(photos, photos[:2], n_workers=1, **make)
     alone = recipe_dls(photos, photos[:2], n_workers=0, **make)
-    for ours, expected in zip(next(iter(with_worker.valid)), next(iter(alone.valid))):
+    # to the end: a worker that is left waiting takes 5 seconds to go
+    for ours, expected in zip(list(with_worker.valid)[0], list(alone.valid)[0]):
         assert torch.equal(ours, expected)
     torch.manual_seed(0)
     first = [g for _, g in with_worker.train]
@@ -1912,6 +1927,21 @@ def test_an_architecture_that_is_none_of_the_package_is_refused(architecture, we
     change_card(weights, architecture=architecture)
     with refused(weights, 'not a model of enhance_lib'):
         load_model(weights)
+
+
+@pytest.mark.parametrize('module', ['strange', 'enhance_library', 'odd.enhance_lib'])
+def test_a_module_of_somebody_else_is_not_even_imported(module, weights, monkeypatch):
+    folder = weights.parent / 'site'
+    path = folder / (module.replace('.', '/') + '.py')
+    path.parent.mkdir(parents=True)
+    path.write_text(f"open({str(folder / 'it ran')!r}, 'w')\nfrom enhance_lib.srcnn import SRCNN\n")
+    monkeypatch.syspath_prepend(folder)
+    change_card(weights, architecture=f'{module}.SRCNN')
+    with refused(weights, 'not a model of enhance_lib'):
+        load_model(weights)
+    assert not (folder / 'it ran').exists()
+    importlib.import_module(module)
+    assert (folder / 'it ran').exists()  # it could have been
 
 
 def test_an_architecture_without_a_network_does_not_fit(weights):

@@ -273,6 +273,7 @@ def test_make_weights_at_smoke(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'ROOT', tmp_path)
     monkeypatch.setattr(tool, 'SHARED', tmp_path / 'none')
     kept = {p.name: p.read_bytes() for p in WEIGHTS.iterdir()}
+    monkeypatch.setattr(tool, 'feature_net', lambda: None)
     monkeypatch.setattr(tool, 'board_row', lambda model, task, *_: {'task': task, 'model': model})
     monkeypatch.setattr(srcnn, 'progress_bar', lambda steps, **_: steps)
     arguments = ['--models', 'srcnn-x3', '--budget', 'smoke', '--photos', str(photos)]

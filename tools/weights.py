@@ -14,6 +14,7 @@ from enhance_lib.measure import (
     WEIGHTS,
     bench_pairs,
     board_row,
+    feature_net,
     mean_luma_psnr,
     unenhanced,
 )
@@ -22,6 +23,7 @@ from enhance_lib.workbench import save_weights
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
+FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
 LESSONS = ('srcnn',)  # modules with PUBLISHED and train_published
 # Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
 PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
@@ -106,6 +108,8 @@ def main(arguments=None):
     parser.add_argument('--budget', default='full', help='smoke, lesson or full')
     parser.add_argument('--out', type=Path, help='by default the package, or _weights/BUDGET')
     given = parser.parse_args(arguments)
+    if FEATURES.is_file():
+        os.environ.setdefault('ENHANCE_FEATURES', str(FEATURES))
     known = published()
     try:
         budget = Budget(given.budget)
@@ -115,6 +119,7 @@ def main(arguments=None):
         folders = given.photos or [str(SHARED / p) for p in PHOTOS if (SHARED / p).is_dir()]
         if not folders:
             raise PhotoError("Name a folder of photos: make weights PHOTOS='folder another'.")
+        feature_net()  # what is missing is said before the training, not after it
         home = ROOT / '_weights' / budget.name
         out = given.out or (WEIGHTS if budget.name == 'full' else home)
         for name in given.models or known:

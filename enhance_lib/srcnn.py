@@ -61,7 +61,7 @@ class SRCNN(PhotoModel):
         residual: bool = False,  # predict what has to be added to the input, not the output
     ):
         super().__init__()
-        if scale not in (1, 2, 3, 4):
+        if type(scale) is not int or scale not in (1, 2, 3, 4):
             raise PhotoError(f'SRCNN can not enlarge {scale} times: 1, 2, 3 or 4.')
         self.arguments = {'scale': scale, 'residual': residual}
         self.scale, self.residual = scale, residual

@@ -270,29 +270,19 @@ def folder_dls(
 class AutocastCPU(Callback):
     "Train in bfloat16 on a CPU that is faster with it; on others, and on a GPU, do nothing."
 
-    hooks = ()
-
     def before_fit(self):
         self.after_fit()  # where the last training ended in an error
-        on_cpu = self.dls.device.type == 'cpu'
-        if on_cpu and half_dtype(self.dls.device):
-            # around the model alone, and closed even after an error: autocast is global in torch
-            self.hooks = (
-                self.model.register_forward_pre_hook(self.enter),
-                self.model.register_forward_hook(self.leave, always_call=True),
-            )
+        if self.dls.device.type == 'cpu' and half_dtype(self.dls.device):
+            self.model.forward = partial(self.in_half, self.model.forward)
 
-    def enter(self, model, x):
-        self.context = autocast(self.dls.device)
-        self.context.__enter__()
-
-    def leave(self, model, x, prediction):
-        self.context.__exit__(None, None, None)
+    def in_half(self, forward, *x):
+        # a `with` around the model alone: autocast is global in torch, and has to end after errors
+        with autocast(self.dls.device):
+            prediction = forward(*x)
         return to_float(prediction)  # the loss is computed in float32
 
     def after_fit(self):
-        for hook in self.hooks:
-            hook.remove()
+        vars(self.model).pop('forward', None)  # the model's own comes to light again
 
 # %% ../nbs/03_workbench.ipynb #99187876
 def _plain(value):
@@ -376,19 +366,21 @@ def load_checkpoint(
         return 0, {}
     stateful = {k: v for k, v in parts.items() if hasattr(v, 'load_state_dict')}
     before = copy.deepcopy({k: v.state_dict() for k, v in stateful.items()})
+    random_before = random_states()
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
-        states = kept['parts']
+        step, states = kept['step'], kept['parts']
         for name in parts.keys() - stateful.keys():
-            if states[name] != parts[name]:
+            if states[name] != _plain(parts[name]):
                 raise ValueError(f'{name} was {states[name]}, not {parts[name]}')
         for name, part in stateful.items():
             part.load_state_dict(states[name])
         set_random_states(kept['random'])
-        return kept['step'], states
+        return step, states
     except Exception as e:  # damaged, a pickle of something else, other shapes, other parts
         for name, part in stateful.items():
             part.load_state_dict(before[name])
+        set_random_states(random_before)
         why = _first_line(e)
         if isinstance(e, pickle.UnpicklingError):  # its words tell people to load it anyway
             why = 'it is damaged, or holds more than numbers'
@@ -541,7 +533,7 @@ def save_weights(
     }
     try:
         text = json.dumps(_plain(card), indent=2, ensure_ascii=False) + '\n'
-    except TypeError as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise PhotoError(f"'{path}': this can not stand on a card ({e}).") from e
     with write_atomically(path) as temporary:
         temporary.write_bytes(content)

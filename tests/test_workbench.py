@@ -1,6 +1,7 @@
 """The workbench: pairs that fit, trainings that survive being killed, tiles, weights with cards."""
 
 import errno
+import gc
 import hashlib
 import importlib
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastcore.foundation import L
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
@@ -28,11 +30,12 @@ from torch.nn import functional as F
 from enhance_lib import srcnn, workbench
 from enhance_lib.crappify import Recipe, Step
 from enhance_lib.measure import TASKS
-from enhance_lib.photos import PhotoError
+from enhance_lib.photos import PhotoError, tile_boxes
 from enhance_lib.srcnn import SRCNN
 from enhance_lib.workbench import (
     AutocastCPU,
     KeepGoing,
+    Order,
     Pairs,
     PhotoCache,
     PhotoModel,
@@ -59,11 +62,6 @@ with warnings.catch_warnings():
     from fastai.optimizer import Adam, RMSProp
 
 CPU = torch.device('cpu')
-
-
-def bug(reason):
-    "A test of what ought to be and is not yet. It fails once it is: then take the mark away."
-    return pytest.mark.xfail(strict=True, reason=f'BUG: {reason}')
 
 
 def one_line(error):
@@ -143,20 +141,10 @@ def test_the_cpu_is_always_there():
     assert isinstance(pick_device(), torch.device)
 
 
-@pytest.mark.parametrize('name', ['gpu', '', 'cuda:99', 'xpu:7', 'cpu\n', -1, 3.5, [], 'x' * 999])
-def test_a_device_that_is_not_there_is_refused(name):
-    with refused('There is no device', 'There are: cpu'):
-        pick_device(name)
-
-
 @pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param('hpu', marks=bug('torch raises ModuleNotFoundError, which is not caught')),
-        pytest.param('meta', marks=bug('meta is taken, though it can not compute')),
-    ],
+    'name', ['gpu', '', 'cuda:99', 'xpu:7', 'hpu', 'meta', 'cpu\n', -1, 3.5, [], 'x' * 999]
 )
-def test_an_exotic_device_is_refused(name):
+def test_a_device_that_is_not_there_is_refused(name):
     with refused('There is no device', 'There are: cpu'):
         pick_device(name)
 
@@ -178,7 +166,12 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 
 def test_the_fastest_device_is_chosen(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, 'empty', lambda *a, device: asked.append(device.type))
+
+    def empty(*args, device):
+        asked.append(device.type)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch, 'empty', empty)
     for cuda, mps, best in [(1, 1, 'cuda'), (1, 0, 'cuda'), (0, 1, 'mps'), (0, 0, 'cpu')]:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda there=cuda: bool(there))
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda there=mps: bool(there))
@@ -336,7 +329,6 @@ def test_pairs_that_do_not_fit_are_refused(bad, good, size, words):
             crop_pair(Image.new('RGB', bad), Image.new('RGB', good), size, rng)
 
 
-@bug('a crop of 0 pixels is an empty photo; a negative one raises ValueError of Pillow')
 @pytest.mark.parametrize('size', [0, -2])
 def test_a_crop_of_no_pixels_is_refused(size):
     with refused(size):
@@ -513,7 +505,6 @@ def test_once_makes_the_same_whatever_comes_first(tmp_path):
     assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
 
 
-@bug('the noise of a photo in memory comes from id(photo), which the next process changes')
 def test_once_makes_the_same_of_photos_in_memory_in_every_run():
     recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
     held = [noise_photo(seed=3).copy() for _ in range(3)]  # as another process holds it
@@ -522,6 +513,42 @@ def test_once_makes_the_same_of_photos_in_memory_in_every_run():
         batches.append(next(iter(dls.valid)))
     assert all(torch.equal(good, batches[0][1]) for _, good in batches)
     assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
+
+
+@pytest.mark.parametrize('kind', ['photos', 'paths'])
+def test_once_throws_the_dice_of_each_photo_by_itself(kind, tmp_path):
+    "By its position and its path: even the same photo, named twice, gets another noise."
+    noise_photo().save(tmp_path / 'a.png')
+    one = noise_photo() if kind == 'photos' else tmp_path / 'a.png'
+    recipe = Recipe('grain', (Step('noise', sigma=30),))
+    dls = recipe_dls([one], [one] * 3, recipe, size=20, bs=3, once=True, device='cpu')
+    ((bad, good),) = dls.valid
+    whole = pixels(noise_photo())
+    seen = []
+    for b, g in zip(bad, good):
+        (left,) = (x for x in range(5) if (levels(g) == whole[:, x : x + 20]).all())
+        seen.append(np.pad(levels(b) - levels(g), [(0, 0), (left, 4 - left), (0, 0)]))
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        both = (seen[i] != 0).any((0, 2)) & (seen[j] != 0).any((0, 2))
+        assert both.sum() >= 16 and (seen[i] != seen[j])[:, both].mean() > 0.5
+
+
+@pytest.mark.parametrize('once', [False, True])
+def test_photos_are_decoded_before_the_workers_start(once, tmp_path):
+    "Workers are new in every epoch, and would decode all photos again."
+    for i in range(3):
+        noise_photo(seed=i).save(tmp_path / f'{i}.png')
+    make = dict(recipe=TASKS['x2'], size=8, bs=3, once=once, device='cpu')
+    alone = recipe_dls(tmp_path, tmp_path, **make)
+    with_worker = recipe_dls(tmp_path, tmp_path, n_workers=1, **make)
+    expected = list(alone.valid)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b'gone')
+    for ours, theirs in zip(list(with_worker.valid)[0], expected[0]):
+        assert torch.equal(ours, theirs)
+    assert len(list(with_worker.train)) == 1
+    with refused(tmp_path):  # no worker is needed to find out
+        recipe_dls(tmp_path, tmp_path, n_workers=1, **make)
 
 
 @pytest.mark.parametrize('once', [False, True])
@@ -587,11 +614,15 @@ def test_crops_that_can_not_be_cut_are_refused(once, tmp_path):
         list(recipe_dls(tmp_path, tmp_path, 'image2', size=8, **make).train)
 
 
-def test_an_error_in_a_worker_is_a_photo_error_too():
+def test_an_error_in_a_worker_is_a_photo_error_too(monkeypatch):
+    # how long the worker, which is left waiting, is waited for
+    monkeypatch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)
     photos = [noise_photo(10, 10)]
     dls = recipe_dls(photos, photos, 'image2', size=20, bs=1, n_workers=1, device='cpu')
-    with pytest.raises(PhotoError, match='smaller than the crop'):
+    with pytest.raises(PhotoError, match='smaller than the crop') as error:
         list(dls.train)
+    del error, dls
+    gc.collect()
 
 
 # Loaders from two folders
@@ -787,17 +818,30 @@ def test_without_half_precision_the_callback_changes_nothing(monkeypatch):
     assert equal_weights(with_it.model, without.model)
 
 
+def watched_net(inside):
+    "A network that writes down what its first layer computes in."
+    net = tiny_net()
+    net[0].register_forward_hook(lambda layer, x, y: inside.append(y.dtype))
+    return net
+
+
+def hooks_of(model):
+    return len(model._forward_hooks) + len(model._forward_pre_hooks) + ('forward' in vars(model))
+
+
 def test_a_cpu_with_half_precision_computes_in_it(monkeypatch, clean_autocast):
     monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
-    inside = Look(5, lambda cb: cb.pred.dtype)
-    after = Look(15, lambda cb: cb.pred.dtype)
+    inside = []
+    after = Look(5, lambda cb: (cb.pred.dtype, torch.is_autocast_enabled('cpu')))
     loss = Look(15, lambda cb: (cb.loss_grad.dtype, torch.is_autocast_enabled('cpu')), 'after_loss')
-    learn = train(tiny_learner(cbs=[AutocastCPU(), inside, after, loss]), 2)
-    assert len(inside.seen) == 8  # 3 batches to train with and 1 to validate with, twice
-    assert set(inside.seen) == {torch.bfloat16} and set(after.seen) == {torch.float32}
-    assert set(loss.seen) == {(torch.float32, False)}
+    learn = tiny_learner(cbs=[AutocastCPU(), after, loss])
+    learn.model[0].register_forward_hook(lambda layer, x, y: inside.append(y.dtype))
+    train(learn, 2)
+    assert len(inside) == 8  # 3 batches to train with and 1 to validate with, twice
+    assert set(inside) == {torch.bfloat16}
+    assert set(after.seen) == set(loss.seen) == {(torch.float32, False)}
     assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
-    assert not torch.is_autocast_enabled('cpu')
+    assert not torch.is_autocast_enabled('cpu') and not hooks_of(learn.model)
     exact = train(tiny_learner(), 2)
     assert not equal_weights(learn.model, exact.model)
     assert equal_weights(learn.model, exact.model, within=0.05)
@@ -809,9 +853,8 @@ def test_a_gpu_is_left_to_fastai(monkeypatch):
     learn.dls.device = torch.device('meta')
     callback = next(cb for cb in learn.cbs if isinstance(cb, AutocastCPU))
     callback.before_fit()
-    callback.before_batch()
-    assert not torch.is_autocast_enabled('cpu')
-    callback.after_loss()
+    assert not hooks_of(learn.model)
+    callback.after_fit()
 
 
 def test_predictions_after_a_training_work(monkeypatch, clean_autocast):
@@ -832,42 +875,53 @@ def failing_loss(what):
     return loss
 
 
+class Interrupted(nn.Module):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+
 STOPS = {
     'error in the loss': ({'loss': failing_loss(RuntimeError('no'))}, None),
     'interrupt in the loss': ({'loss': failing_loss(KeyboardInterrupt())}, None),
-    'error in the model': ({'model': 'broken'}, None),
+    'error in the model': ({}, None),
+    'interrupt in the model': ({}, None),
     'cancelled batch': ({}, (CancelBatchException, 'after_pred')),
     'cancelled fit': ({}, (CancelFitException, 'after_pred')),
-    'interrupt after before_batch': ({}, (KeyboardInterrupt, 'before_batch')),
-    'cancelled before the callback': ({}, (CancelBatchException, 'before_batch')),
+    'cancelled before the model': ({}, (CancelBatchException, 'before_batch')),
+    'interrupt after the model': ({}, (KeyboardInterrupt, 'after_pred')),
 }
 
 
-STAYS = bug('autocast is left in after_loss only, which a batch that is stopped never reaches')
-
-
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[] if 'before the' in n else STAYS) for n in STOPS]
-)
+@pytest.mark.parametrize('name', STOPS)
 def test_autocast_ends_with_a_training_that_is_stopped(name, monkeypatch, clean_autocast):
     """Or else all that follows in the notebook is computed in bfloat16. Worse: autocast's cache of
     weights is never cleared again, so that later trainings compute with old weights."""
     monkeypatch.setattr(workbench, 'half_dtype', lambda device: torch.bfloat16)
     options, stop = STOPS[name]
-    if options.get('model'):
-        net = tiny_net()
-        net[3] = nn.Conv2d(7, 4, 1)  # does not fit what comes
-        options = {'model': net}
-    cbs = [AutocastCPU()]
-    if stop:
-        cbs.append(Stop(stop[0](), at=stop[1], order=5 if 'before the' in name else 90))
-    learn = tiny_learner(cbs=cbs, **options)
+    inside = []
+    learn = tiny_learner(cbs=[AutocastCPU()], model=watched_net(inside), **options)
+    if name == 'error in the model':
+        learn.model[3] = nn.Conv2d(7, 4, 1)  # does not fit what comes
+    if name == 'interrupt in the model':
+        learn.model[3] = Interrupted()
     try:
-        train(learn, 1)
+        train(learn, 1, [Stop(stop[0](), at=stop[1])] if stop else [])
     except (RuntimeError, KeyboardInterrupt):
         pass
+    else:
+        assert name.startswith('cancelled') and not hooks_of(learn.model)
     x = torch.ones(2, 2)
     assert not torch.is_autocast_enabled('cpu') and (x @ x).dtype == torch.float32
+    assert set(inside) == {torch.bfloat16}
+    inside.clear()
+    learn.model[3], learn.loss_func = nn.Dropout(0.2), nn.MSELoss()
+    before = learn.model[0].weight.detach().clone()
+    train(learn, 2)
+    assert inside == [torch.bfloat16] * 8
+    assert not torch.equal(learn.model[0].weight, before)
+    assert not hooks_of(learn.model) and not torch.is_autocast_enabled('cpu')
+    learn.model(torch.rand(1, 3, 8, 8))
+    assert inside[-1] == torch.float32
 
 
 # Checkpoints
@@ -923,10 +977,10 @@ def test_a_checkpoint_keeps_parts_and_values(tmp_path):
     history = [{'loss': np.float32(0.5), 'rates': (np.arange(2), 3)}]
     save_checkpoint(path, 3, model=model, optimiser=optimiser, history=history, name='x', n=None)
     optimiser2 = torch.optim.Adam(other.parameters(), 0.5)
-    step, kept = load_checkpoint(path, model=other, optimiser=optimiser2, history=[])
+    step, kept = load_checkpoint(path, model=other, optimiser=optimiser2, name='x', n=None)
     assert step == 3 and equal_weights(model, other)
     assert kept['history'] == [{'loss': 0.5, 'rates': ([0, 1], 3)}]
-    assert kept['name'] == 'x' and kept['n'] is None
+    assert kept['name'] == 'x' and kept['n'] is None  # given back, as history is, asked for or not
     assert optimiser2.param_groups[0]['lr'] == 0.01
     for (_, a), (_, b) in zip(optimiser.state.items(), optimiser2.state.items()):
         assert torch.equal(a['exp_avg'], b['exp_avg'])
@@ -1017,11 +1071,10 @@ def test_another_number_of_epochs_is_refused(tmp_path):
         with pytest.raises(PhotoError) as error:
             train(tiny_learner(), epochs, [KeepGoing(path)])
         message = last_line(error)
-        assert str(path) in message and '2 epochs' in message and f'not {epochs}' in message
+        assert str(path) in message and f'(epochs was 2, not {epochs})' in message
     assert path.read_bytes() == content
 
 
-@bug('the checkpoint is loaded into the model before its epochs are looked at')
 def test_a_training_that_is_refused_leaves_the_model_as_it_was(tmp_path):
     train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c')])
     learn, same = tiny_learner(seed=4), tiny_learner(seed=4)
@@ -1044,7 +1097,6 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         load_checkpoint(path, model=nn.Linear(3, 2), schedule=nn.Linear(1, 1))  # not in it
 
 
-@bug('KeyError: the parts that KeepGoing itself needs are looked up outside of load_checkpoint')
 def test_a_checkpoint_of_a_loop_by_hand_is_refused_by_the_callback(tmp_path):
     path, learn = tmp_path / 'c', tiny_learner()
     learn.create_opt()
@@ -1061,7 +1113,6 @@ def half_fitting():
     )
 
 
-@bug('load_state_dict copies the layers that fit before it refuses')
 def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path):
     kept, other = half_fitting()
     save_checkpoint(tmp_path / 'c', 1, model=kept)
@@ -1071,7 +1122,6 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
-@bug('the model is loaded before the optimiser is found not to fit')
 def test_an_optimiser_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     kept, other = tiny_net(), tiny_net()
     save_checkpoint(tmp_path / 'c', 1, model=kept, optimiser=Adam([list(kept.parameters())], 0.1))
@@ -1081,15 +1131,98 @@ def test_an_optimiser_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
-@bug('map_location is cpu, and an optimiser of fastai keeps the tensors where they are')
-def test_what_an_optimiser_remembers_goes_where_its_weights_are(tmp_path):
+def trained_parts(kind, seed, steps):
+    "A network, its optimiser and an order, after some steps."
+    torch.manual_seed(seed)
+    model = tiny_net()
+    make = {'fastai': lambda m: Adam(two_groups(m), 0.1 + seed), 'torch': torch_adam(0.1 + seed)}
+    optimiser = make[kind](model)
+    dls = recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS, TASKS['x2'], 8, bs=2, device='cpu')
+    for _ in range(steps):
+        model(torch.rand(2, 3, 5, 5)).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return {'model': model, 'optimiser': optimiser, 'order': Order(dls)}
+
+
+def torch_adam(lr):
+    return lambda model: torch.optim.Adam(model.parameters(), lr)
+
+
+def bits_of(parts):
+    "All that parts hold, in plain numbers."
+
+    def plain(x):
+        if isinstance(x, torch.Tensor):
+            return str(x.dtype), x.tolist()
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, list | tuple | L) else x
+
+    return {name: plain(part.state_dict()) for name, part in parts.items()}
+
+
+REFUSALS = {
+    'another value': ({'epochs': 3}, {}, '(epochs was 2, not 3)'),
+    'another name': ({'epochs': 2, 'name': 'y'}, {}, '(name was x, not y)'),
+    'no such value': ({'seed': 0}, {}, 'seed'),
+    'no such part': ({'schedule': nn.Linear(1, 1)}, {}, 'schedule'),
+    'another part': ({'more': nn.Linear(1, 1)}, {}, 'Linear'),
+    'no random states': ({}, {'random': {}}, ''),
+    'spoilt random states': ({}, {'random': {'python': (3, (1, 2), None)}}, ''),
+    'no optimiser': ({}, {'optimiser': 5}, ''),
+    'no order': ({}, {'order': {'order': 'x'}}, ''),
+}
+
+
+@pytest.mark.parametrize('steps', [0, 2])
+@pytest.mark.parametrize('kind', ['fastai', 'torch'])
+def test_any_refusal_leaves_all_parts_as_they_were(kind, steps, tmp_path):
+    path = tmp_path / 'c'
+    kept = trained_parts(kind, 0, 3)
+    for more, changes, words in REFUSALS.values():
+        save_checkpoint(path, 1, **kept, epochs=2, name='x', more=nn.Linear(2, 2))
+        content = torch.load(path, weights_only=True)
+        for name, value in changes.items():
+            (content if name == 'random' else content['parts'])[name] = value
+        torch.save(content, path)
+        parts = trained_parts(kind, 5, steps)
+        before, same = bits_of(parts), trained_parts(kind, 5, steps)
+        with refused(path, words, 'Remove it'):
+            load_checkpoint(path, **parts, **more)
+        assert bits_of(parts) == before
+        for p in (parts, same):  # and they go on as if nothing had been
+            torch.manual_seed(1)
+            p['model'](torch.rand(2, 3, 5, 5)).square().mean().backward()
+            p['optimiser'].step()
+        assert equal_weights(parts['model'], same['model'])
+    save_checkpoint(path, 1, **kept, epochs=2)
+    load_checkpoint(path, **parts, epochs=2)
+    assert bits_of(parts) == bits_of(kept)
+
+
+def test_what_an_optimiser_remembers_goes_where_its_weights_are(tmp_path, monkeypatch):
     learn = train(tiny_learner(), 1)
     save_checkpoint(tmp_path / 'c', 1, optimiser=learn.opt)
-    there = tiny_net().to('meta')  # a device that every machine has
+    there = tiny_net().to('meta')  # a device that every machine has, but random numbers have not
+    monkeypatch.setattr(workbench, 'set_random_states', lambda states: None)
     optimiser = Adam(two_groups(there), 0.1)
-    load_checkpoint(tmp_path / 'c', optimiser=optimiser)
+    load_checkpoint(tmp_path / 'c', device='meta', optimiser=optimiser)
     states = [optimiser.state[p]['grad_avg'].device.type for p in there.parameters()]
     assert set(states) == {'meta'}
+
+
+def test_the_callback_loads_to_the_device_of_the_training(tmp_path, monkeypatch):
+    asked, load = [], torch.load
+
+    def look(*args, map_location, **kwargs):
+        asked.append(map_location)
+        return load(*args, map_location=map_location, **kwargs)
+
+    train(tiny_learner(), 1, [KeepGoing(tmp_path / 'c')])
+    monkeypatch.setattr(torch, 'load', look)
+    train(tiny_learner(), 1, [KeepGoing(tmp_path / 'c')])
+    assert asked == [CPU]
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -1166,7 +1299,6 @@ def disk_of(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@bug('torch.save raises RuntimeError where a disk is full, which write_atomically lets pass')
 def test_a_full_disk_is_a_photo_error(tmp_path):
     path = tmp_path / 'c'
     save_checkpoint(path, 1)
@@ -1183,22 +1315,71 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['c']
 
 
-@pytest.mark.parametrize('use', ['validate', 'get_preds', 'lr_find'])
-@bug('KeepGoing in cbs of the Learner also acts on validate, get_preds and lr_find')
-def test_a_callback_of_the_learner_disturbs_nothing_but_trainings(use, tmp_path):
+def test_the_callback_does_not_belong_to_a_learner(tmp_path):
+    "There it would also act on lr_find, get_preds and validate, and on a second training."
+    with pytest.raises(PhotoError, match='KeepGoing belongs to one training') as error:
+        tiny_learner(cbs=[KeepGoing(tmp_path / 'c')])
+    assert 'fit(…, cbs=KeepGoing(path))' in last_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_comes_after_a_training_is_not_disturbed(tmp_path):
     path = tmp_path / 'c'
-    learn = train(tiny_learner(cbs=[KeepGoing(path)]), 2)
+    learn = train(tiny_learner(), 2, [KeepGoing(path)])
     content = path.read_bytes()
     with torch.no_grad():
         learn.model[4].bias += 1  # as somebody goes on working with the model
     bias = learn.model[4].bias.detach().clone()
     with learn.no_bar(), learn.no_logging():
-        if use == 'lr_find':
-            learn.lr_find(num_it=20, show_plot=False)
-        else:
-            getattr(learn, use)()
+        assert np.isfinite(learn.validate()[0])
+        predictions, targets = learn.get_preds()
+        assert predictions.shape == targets.shape == (2, 3, 8, 8)
+        learn.lr_find(num_it=20, show_plot=False)
     assert torch.equal(learn.model[4].bias, bias)
     assert path.read_bytes() == content
+    train(learn, 1, [KeepGoing(tmp_path / 'd')])  # another training, another file
+    assert path.read_bytes() == content and not torch.equal(learn.model[4].bias, bias)
+
+
+def test_the_order_of_the_photos_comes_back(tmp_path):
+    dls, other = (
+        recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS, TASKS['x2'], 8, bs=2, device='cpu') for _ in 'ab'
+    )
+    order, same = Order(dls), Order(other)
+    save_checkpoint(tmp_path / 'c', 1, order=order)  # of plain numbers
+    first = [dls.train.get_idxs() for _ in range(3) if dls.train.randomize() is None]
+    load_checkpoint(tmp_path / 'c', order=same)
+    again = [other.train.get_idxs() for _ in range(3) if other.train.randomize() is None]
+    assert first == again and len(set(map(tuple, first))) > 1
+
+
+class Float16(Callback):
+    "What MixedPrecision does on a GPU that computes in float16: it brings a scaler."
+
+    order = 10
+
+    def __init__(self, value):
+        self.value = value
+
+    def before_fit(self):
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.value)
+
+    def after_step(self):
+        self.learn.scaler.load_state_dict(
+            {**self.learn.scaler.state_dict(), 'scale': 2 * self.learn.scaler.get_scale()}
+        )
+
+
+def test_the_scaler_of_float16_is_kept_too(tmp_path):
+    with pytest.raises(Killed):
+        stop = Stop(Killed(), 1, 1)
+        train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c'), Float16(4.0), stop])
+    learn = train(tiny_learner(seed=3), 2, [KeepGoing(tmp_path / 'c'), Float16(1024.0)])
+    assert learn.scaler.get_scale() == 4 * 2**6  # 3 steps in each epoch
+    with pytest.raises(PhotoError) as error:  # a training in float32 has kept none
+        train(tiny_learner(), 2, [KeepGoing(tmp_path / 'd')])
+        train(tiny_learner(), 2, [KeepGoing(tmp_path / 'd'), Float16(4.0)])
+    assert 'scaler' in last_line(error)
 
 
 SCRIPT = """
@@ -1296,11 +1477,8 @@ def loop_by_hand(seed, path, epochs=4, die=None):
     model = tiny_net()
     optimiser = torch.optim.AdamW(model.parameters(), 0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.01, total_steps=3 * epochs)
-    parts = {'model': model, 'optimiser': optimiser, 'schedule': schedule}
-    start, kept = load_checkpoint(path, **parts)
-    if kept:
-        version, numbers, gauss = kept['order']
-        dls.train.rng.setstate((version, tuple(numbers), gauss))
+    parts = {'model': model, 'optimiser': optimiser, 'schedule': schedule, 'order': Order(dls)}
+    start, kept = load_checkpoint(path, **parts, epochs=epochs)
     losses = kept.get('losses', [])
     for epoch in range(start, epochs):
         for i, (bad, good) in enumerate(dls.train):
@@ -1312,8 +1490,7 @@ def loop_by_hand(seed, path, epochs=4, die=None):
             optimiser.step()
             schedule.step()
             losses.append(loss.item())
-        order = dls.train.rng.getstate()
-        save_checkpoint(path, epoch + 1, **parts, losses=losses, order=order)
+        save_checkpoint(path, epoch + 1, **parts, epochs=epochs, losses=losses)
     return model, losses
 
 
@@ -1327,40 +1504,82 @@ def test_a_loop_by_hand_goes_on_too(epoch, tmp_path):
     assert len(losses) == 12 and again == pytest.approx(losses, abs=1e-6)
 
 
-def fit_srcnn(path, seed, monkeypatch=None, die_after=None, epochs=3):
+@contextmanager
+def killed_after(epoch, monkeypatch):
+    "The loop of lesson 04 dies when it has written the checkpoint of this epoch."
+
+    def save_and_die(path, step, **parts):
+        save_checkpoint(path, step, **parts)
+        if step == epoch:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(srcnn, 'save_checkpoint', save_and_die)
+        with pytest.raises(Killed):
+            yield
+
+
+def fit_srcnn(path, seed, epochs=3, photos=None, recipe=TASKS['x2']):
     "The loop of lesson 04 on photos that are twice as large as the network's input."
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    photos = [noise_photo(32, 30, 'L', seed=i) for i in range(6)]
-    dls = recipe_dls(photos, photos[:1], TASKS['x2'], 24, bs=2, once=True, device='cpu')
+    photos = photos or [noise_photo(32, 30, 'L', seed=i) for i in range(6)]
+    dls = recipe_dls(photos, photos[:1], recipe, 24, bs=2, once=True, device='cpu')
     model = SRCNN(2, residual=True)
-    if die_after:
-
-        def save_and_die(path, step, **parts):
-            save_checkpoint(path, step, **parts)
-            if step == die_after:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(srcnn, 'save_checkpoint', save_and_die)
-            with pytest.raises(Killed):
-                srcnn.fit(model, dls, epochs, checkpoint=path, progress=False)
-        return None
     return model, srcnn.fit(model, dls, epochs, checkpoint=path, progress=False)
 
 
-@bug('fit keeps all but dls.train.rng, so the photos come in another order after a kill')
-def test_the_loop_of_lesson_04_goes_on_as_if_it_had_not_been_killed(tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', ['photos', 'paths'])
+def test_the_loop_of_lesson_04_goes_on_as_if_it_had_not_been_killed(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, 'half_dtype', lambda device: None)
-    straight, history = fit_srcnn(tmp_path / 'one', seed=0)
-    fit_srcnn(tmp_path / 'two', 0, monkeypatch, die_after=1)
-    model, again = fit_srcnn(tmp_path / 'two', seed=5)
-    assert len(history) == len(again) == 3
+    recipe = Recipe('grain', (Step('noise', sigma=20), *TASKS['x2'].steps))
+    for i in range(6):
+        noise_photo(32, 30, 'L', seed=i).save(tmp_path / f'{i}.png')
+
+    def photos():  # as each process has them
+        paths = [tmp_path / f'{i}.png' for i in range(6)]
+        return [Image.open(p).copy() for p in paths] if kind == 'photos' else paths
+
+    straight, history = fit_srcnn(tmp_path / 'one', 0, photos=photos(), recipe=recipe)
+    for epoch in (1, 2):
+        with killed_after(epoch, monkeypatch):
+            fit_srcnn(tmp_path / f'two-{epoch}', 0, photos=photos(), recipe=recipe)
+        model, again = fit_srcnn(tmp_path / f'two-{epoch}', 5, photos=photos(), recipe=recipe)
+        assert len(history) == len(again) == 3
+        assert equal_weights(straight, model, within=1e-6)
+        for row, same in zip(history, again):
+            assert row == pytest.approx(same, abs=1e-4)
+
+
+def test_a_published_model_goes_on_as_if_its_training_had_not_been_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: None)
+    for i in range(5):
+        place_photo(300, 296, seed=i).save(tmp_path / f'{i}.png')
+    photos = [tmp_path / f'{i}.png' for i in (4, 0, 2, 1, 3, 3)]
+
+    def run(name):
+        return srcnn.train_published('srcnn-x2', photos, tmp_path / name, lambda *_: 8)
+
+    # budgets are for crops and for epochs: 8 of each
+    monkeypatch.setattr(srcnn, 'progress_bar', lambda epochs: epochs)
+    straight, history = run('one')
+    with killed_after(3, monkeypatch):
+        run('two')
+    model, again = run('two')
+    assert [row['epoch'] for row in again] == [row['epoch'] for row in history] == list(range(1, 9))
     assert equal_weights(straight, model, within=1e-6)
+    assert not equal_weights(straight, SRCNN(2, residual=True), within=1e-3)
+
+
+def test_the_loop_of_lesson_04_refuses_another_number_of_epochs(tmp_path):
+    fit_srcnn(tmp_path / 'c', 0, epochs=1)
+    with refused(tmp_path / 'c', '(epochs was 1, not 2)'):
+        fit_srcnn(tmp_path / 'c', 0, epochs=2)
 
 
 def test_the_loop_of_lesson_04_keeps_its_history_and_does_nothing_twice(tmp_path, monkeypatch):
     path = tmp_path / 'c'
-    fit_srcnn(path, 0, monkeypatch, die_after=2)
+    with killed_after(2, monkeypatch):
+        fit_srcnn(path, 0)
     _, kept = load_checkpoint(path)
     model, history = fit_srcnn(path, 0)
     assert [row['epoch'] for row in history] == [1, 2, 3]
@@ -1543,7 +1762,7 @@ def test_tiles_with_a_margin_are_parts_of_the_whole(width, height, tile, multipl
     assert ours.shape[:2] == (height, width)
     assert np.abs(ours - blurred(photo)).max() <= 0.5 + 1e-3  # half a level is rounding
     assert all(side % multiple == 0 and side >= 3 for shape in model.shapes for side in shape)
-    assert max(max(shape) for shape in model.shapes) <= max(tile, 3) + 2 * 3 + multiple
+    assert max(max(shape) for shape in model.shapes) <= tile + 2 * 3 + 2 * multiple
 
 
 class Blocks(Blur):
@@ -1564,19 +1783,50 @@ def blocks_of(photo):
     return means.repeat(8, 0).repeat(8, 1)[:height, :width]
 
 
-@pytest.mark.parametrize(
-    'size, tile, margin',
-    [
-        ((13, 9), 16, 8),
-        ((40, 32), 16, 8),
-        pytest.param((40, 37), 16, 8, marks=bug('the last tile does not start on the grid')),
-        pytest.param((48, 32), 16, 3, marks=bug('the margin moves the tile off the grid')),
-    ],
-)
-def test_tiles_of_a_network_with_a_grid_are_parts_of_the_whole(size, tile, margin):
-    photo, model = noise_photo(*size), Blocks()
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(4, 24), st.integers(0, 20))
+@example(13, 9, 16, 8)
+@example(40, 32, 16, 8)
+@example(40, 37, 16, 8)  # the last tile starts on the grid
+@example(48, 32, 16, 3)  # nor does the margin move a tile off the grid
+def test_tiles_of_a_network_with_a_grid_are_parts_of_the_whole(width, height, tile, margin):
+    photo, model = noise_photo(width, height), Blocks()
     model.tile, model.margin = tile, margin
-    assert np.abs(pixels(model.predict(photo)) - blocks_of(photo)).max() <= 0.5 + 1e-3
+    ours = pixels(model.predict(photo, fast=False))
+    assert np.abs(ours - blocks_of(photo)).max() <= 0.5 + 1e-3
+
+
+class Bilinear(Blur):
+    "As `Blocks`, smoothly enlarged again and doubled: each pixel sees up to 12 pixels far."
+
+    multiple, margin, scale = 8, 12, 2
+
+    def forward(self, x):
+        return F.interpolate(F.avg_pool2d(x, 8), scale_factor=16, mode='bilinear')
+
+
+@pytest.mark.parametrize('size', [(40, 32), (37, 50), (61, 7), (5, 33), (8, 8), (64, 64)])
+def test_tiles_of_a_network_that_sees_far_on_its_grid_are_parts_of_the_whole(size):
+    photo, model = noise_photo(*size), Bilinear()
+    model.tile = 1000
+    whole = pixels(model.predict(photo, fast=False))
+    assert whole.shape == (2 * size[1], 2 * size[0], 3)
+    for model.tile in (4, 7, 8, 13, 16, 24, 31):
+        assert np.abs(pixels(model.predict(photo, fast=False)) - whole).max() <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 99), st.integers(1, 99), st.integers(1, 40), st.integers(0, 30),
+    st.integers(1, 16),
+)  # fmt: skip
+def test_outer_boxes_lie_on_the_grid(width, height, tile, margin, multiple):
+    for box in tile_boxes(width, height, tile, 0):
+        outer = workbench._grown(box, margin, multiple, width, height)
+        for low, high, from_, to, end in zip(box, box[2:], outer, outer[2:], (width, height)):
+            assert from_ % multiple == 0 and (to % multiple == 0 or to == end)
+            assert 0 <= from_ <= max(low - margin, 0) and min(high + margin, end) <= to <= end
+            assert to - from_ <= tile + 2 * margin + 2 * multiple
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
@@ -1600,17 +1850,18 @@ def test_the_network_predicts_in_eval_mode_and_goes_back(mode):
     assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
 
 
-@bug('train(True) at the end also wakes layers that somebody had put to sleep')
 def test_a_frozen_layer_stays_frozen():
     class Net(Blur):
         def __init__(self):
             super().__init__()
             self.norm = nn.BatchNorm2d(3)
 
-    model = Net().train()
-    model.norm.eval()
-    model.predict(noise_photo())
-    assert model.training and not model.norm.training
+    for net_trains in (True, False):
+        for norm_trains in (True, False):
+            model = Net().train(net_trains)
+            model.norm.train(norm_trains)
+            model.predict(noise_photo())
+            assert model.training == net_trains and model.norm.training == norm_trains
 
 
 def test_a_network_can_be_trained_after_it_predicted():
@@ -1784,13 +2035,22 @@ def test_weights_are_stored_as_they_should_be(half, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # not touched
 
 
-@bug('float16 ends at 65504: what is larger is stored as infinity without a word')
-def test_weights_too_large_for_half_are_refused(tmp_path):
-    model = bright_srcnn()
+@pytest.mark.parametrize(
+    'value, half',
+    [(1e5, True), (-65520, True), (np.nan, True), (np.nan, False), (-np.inf, False)],
+)
+def test_weights_that_are_no_numbers_or_too_large_are_refused(value, half, weights):
+    "float16 ends at 65504: what is larger would become infinity."
+    old, model = weights.read_bytes(), bright_srcnn(2)
     with torch.no_grad():
-        model.conv1.bias[0] = 1e5
-    with refused():
-        save_weights(model, tmp_path / 'a.safetensors', half=True)
+        model.conv1.bias[0] = value
+    with refused(weights, 'NaN'):
+        save_weights(model, weights, half=half)
+    assert weights.read_bytes() == old and load_model(weights)
+    with torch.no_grad():
+        model.conv1.bias[0] = 65504
+    save_weights(model, weights, half=True)
+    assert load_model(weights).conv1.bias[0] == 65504
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a', 'a.safetensors.bak', 'safetensors', '.safetensors'])
@@ -1872,7 +2132,6 @@ def test_an_empty_card_is_refused(weights):
         load_model(weights)
 
 
-@bug('json raises RecursionError for a card of 100,000 brackets')
 def test_a_card_of_nothing_but_brackets_is_refused(weights):
     weights.with_suffix('.json').write_text('[' * 100_000)
     with refused(weights.with_suffix('.json')):
@@ -1977,7 +2236,6 @@ def test_arguments_that_do_not_fit_are_refused(arguments, weights):
         load_model(weights)
 
 
-@bug('an architecture whose error has no message raises IndexError in load_model')
 def test_an_error_without_a_message_is_refused_too(weights, monkeypatch):
     class Silent(PhotoModel):
         def __init__(self, **arguments):
@@ -1989,8 +2247,7 @@ def test_an_error_without_a_message_is_refused_too(weights, monkeypatch):
         load_model(weights)
 
 
-@bug('the scale is not looked at until the first photo is enhanced')
-@pytest.mark.parametrize('scale', [10**6, -1, 2.5])
+@pytest.mark.parametrize('scale', [10**6, 5, -1, 2.5, 2.0, True])
 def test_a_scale_that_is_not_possible_is_refused(scale, weights):
     change_card(weights, arguments={'scale': scale})
     with refused(weights):
@@ -2072,10 +2329,11 @@ def test_unknown_names_are_refused_with_those_there_are(shelf, tmp_path):
             load_model(folder)
 
 
-@bug('a name that is longer than a file can have raises OSError')
 def test_a_very_long_name_is_refused(shelf):
     with refused('There are: srcnn-x2'):
         load_model('x' * 5000)
+    with refused('There is no file'):
+        load_model('x' * 5000 + '.safetensors')
 
 
 def test_a_refused_name_stays_on_one_line(shelf):
@@ -2084,19 +2342,16 @@ def test_a_refused_name_stays_on_one_line(shelf):
             load_model(name)
 
 
-@bug('a path with a line feed goes into the message as it is')
-def test_a_refused_path_stays_on_one_line(tmp_path):
-    with refused('safetensors'):
-        load_model(f'{tmp_path}/a\nb.safetensors')
-
-
-@bug('what can not be read, for want of rights or by a broken disk, raises OSError')
 def test_weights_that_can_not_be_read_are_refused(weights, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
-    monkeypatch.setattr(Path, 'read_bytes', refuse)
-    with refused(weights):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'read_bytes', refuse)
+        with refused(weights, 'Permission denied'):
+            load_model(weights)
+    monkeypatch.setattr(Path, 'read_text', lambda path, **_: refuse(path))
+    with refused(weights.with_suffix('.json'), 'Permission denied'):
         load_model(weights)
 
 
@@ -2105,8 +2360,12 @@ def test_a_full_disk_leaves_no_half_of_a_pair(shelf):
     old = path.read_bytes()
     with refused(path), disk_of(20_000):  # the weights take 33 kB
         save_weights(bright_srcnn(2, seed=77), path)
-    assert path.read_bytes() == old
-    assert 'srcnn-x2' not in published()  # rather none than a pair that may not fit
+    assert path.read_bytes() == old and 'srcnn-x2' in published()
+    assert equal_weights(load_model('srcnn-x2'), bright_srcnn(2, seed=8))
+    assert not list(shelf.glob('.*'))
+    with refused(path.with_suffix('.json')), disk_of(40_000):  # enough for the weights alone
+        save_weights(bright_srcnn(2, seed=77), path, notes='x' * 50_000)
+    assert 'srcnn-x2' not in published()  # rather none than a pair that does not fit
     assert not list(shelf.glob('.*'))
     save_weights(bright_srcnn(2, seed=77), path)
     assert equal_weights(load_model('srcnn-x2'), bright_srcnn(2, seed=77))
@@ -2134,28 +2393,33 @@ def test_being_killed_while_writing_leaves_no_pair_that_does_not_fit(call, shelf
         load_model(path)
 
 
-def test_a_card_that_can_not_be_written_costs_nothing(weights):
+def test_being_killed_before_the_weights_are_written_leaves_the_old_pair(shelf, monkeypatch):
+    def die(path, content):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_bytes', die)
+        with pytest.raises(Killed):
+            save_weights(bright_srcnn(2, seed=77), shelf / 'srcnn-x2.safetensors')
+    assert equal_weights(load_model('srcnn-x2'), bright_srcnn(2, seed=8))
+
+
+@pytest.mark.parametrize('value', [{1, 2}, Path('x'), [{'deep': {1}}], b'x', {(1, 2): 3}], ids=repr)
+def test_a_card_that_can_not_be_written_is_refused_and_costs_nothing(value, weights):
     old = weights.read_bytes()
-    with pytest.raises((PhotoError, TypeError)):
-        save_weights(bright_srcnn(2, seed=77), weights, when={1, 2})
+    with refused(weights, 'card'):
+        save_weights(bright_srcnn(2, seed=77), weights, value=value)
     assert weights.read_bytes() == old and load_model(weights)
 
 
-@bug('json raises TypeError for what it can not hold, such as a Path or a number of numpy')
-@pytest.mark.parametrize('value', [{1, 2}, Path('x'), np.float32(1)], ids=repr)
-def test_a_card_that_can_not_be_written_is_refused(value, tmp_path):
-    with refused():
-        save_weights(bright_srcnn(), tmp_path / 'a.safetensors', value=value)
+def test_numbers_of_numpy_may_stand_on_a_card(weights):
+    numbers = {'dB': np.float32(30.5), 'n': np.int64(3), 'all': (np.arange(2), np.bool_(True))}
+    card = save_weights(bright_srcnn(2), weights, scores=numbers)
+    assert a_card(weights)['scores'] == {'dB': 30.5, 'n': 3, 'all': [[0, 1], True]}
+    assert load_model(weights).card['sha256'] == card['sha256']
 
 
-@pytest.mark.parametrize(
-    'place',
-    [
-        'folder',
-        pytest.param('in a file', marks=bug('unlink of the card raises NotADirectoryError')),
-        pytest.param('card', marks=bug('unlink of the card raises IsADirectoryError')),
-    ],
-)
+@pytest.mark.parametrize('place', ['folder', 'in a file', 'card'])
 def test_a_place_where_weights_can_not_be_written_is_refused(place, tmp_path):
     path = tmp_path / 'a.safetensors'
     if place == 'folder':
@@ -2169,12 +2433,11 @@ def test_a_place_where_weights_can_not_be_written_is_refused(place, tmp_path):
         save_weights(bright_srcnn(), path)
 
 
-@bug('AttributeError: PhotoModel has no arguments of its own, so each model has to set them')
 def test_a_model_without_arguments_can_be_saved(tmp_path):
-    assert save_weights(Blur(), tmp_path / 'a.safetensors')['arguments'] == {}
+    card = save_weights(Blur(), tmp_path / 'a.safetensors')
+    assert card['arguments'] == a_card(tmp_path / 'a.safetensors')['arguments'] == {}
 
 
-@bug('safetensors raises RuntimeError for two names of one tensor')
 def test_tied_weights_are_saved_or_refused(tmp_path):
     model = bright_srcnn()
     model.conv4 = model.conv3

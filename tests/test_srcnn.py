@@ -218,7 +218,7 @@ def test_all_are_there():
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_the_card_says_what_there_is(name):
-    task, scale = PUBLISHED[name]
+    task, scale = PUBLISHED[name]['task'], PUBLISHED[name]['scale']
     model, card = load_model(name), read_card(WEIGHTS / f'{name}.json')
     assert isinstance(model, SRCNN) and model.scale == card['scale'] == scale
     assert card['parameters'] == 8129 and card['task'] == task and card['budget'] == 'full'
@@ -255,7 +255,7 @@ def test_classic5_by_the_yardstick():
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_half_precision_costs_next_to_nothing(name):
     "Within 0.02 dB of the same weights run plainly."
-    model, (bad, good) = load_model(name), TASKS[PUBLISHED[name][0]].pair(sample_photo('china'))
+    model, (bad, good) = load_model(name), TASKS[PUBLISHED[name]['task']].pair(sample_photo('china'))
     with torch.inference_mode():
         plain = to_photo(load_model(name).enhance(to_tensor(bad)))
     fast = model.predict(bad)
@@ -281,7 +281,7 @@ def test_make_weights_at_smoke(photos, tmp_path, monkeypatch, capsys):
     home = tmp_path / '_weights' / 'smoke'
     model = load_model(home / 'srcnn-x3.safetensors')
     assert model.scale == 3 and model.card['budget'] == 'smoke'
-    assert model.card['training']['photos'] == {photos.name: 3}
+    assert model.card['training']['photos'] == {f'{photos.parent.name}/{photos.name}': 3}
     # a second time it goes on from the checkpoint, which is of a finished training
     assert tool.main(arguments) == 0
     again = load_model(home / 'srcnn-x3.safetensors')

@@ -70,7 +70,7 @@ def scored(model, pairs, shave):
 
 def train(name, module, folders, budget, home, out):
     "Train one model, going on from its checkpoint, and write weights and card."
-    task = module.PUBLISHED[name][0]
+    task = module.PUBLISHED[name]['task']
     photos = [p for folder in folders for p in find_photos(folder)]
     model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget)
     rows = [
@@ -85,7 +85,10 @@ def train(name, module, folders, budget, home, out):
         recipe=TASKS[task].about,
         budget=budget.name,
         training={
-            'photos': {Path(f).name: folders.count(f) * len(find_photos(f)) for f in folders},
+            'photos': {
+                '/'.join(Path(f).parts[-2:]): folders.count(f) * len(find_photos(f))
+                for f in folders
+            },
             'epochs': len(history),
             'validation': {k: round(v, 4) for k, v in history[-1].items()},
         },

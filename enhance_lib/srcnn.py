@@ -102,10 +102,11 @@ def enhance(
     x: torch.Tensor,  # (1, 1 or 3, H, W) in [0, 1]
 ) -> torch.Tensor:  # (1, 1 or 3, scale * H, scale * W)
     "Enlarge by bicubic, enhance the luma, and let the colours be carried by bicubic."
-    if x.shape[1] == 1:
-        return self(enlarge(x, self.scale))
-    y, cb, cr = enlarge(rgb_to_ycbcr(x), self.scale).split(1, dim=1)
-    return ycbcr_to_rgb(torch.cat([self(y).float(), cb, cr], 1))
+    colours = rgb_to_ycbcr(x) if x.shape[1] == 3 else x
+    y, *others = enlarge(colours, self.scale).split(1, dim=1)
+    # padding the luma once is faster than 96 feature maps
+    y = self(_pad(y, 6), pad=0).float()
+    return ycbcr_to_rgb(torch.cat([y, *others], 1)) if others else y
 
 # %% ../nbs/04_srcnn.ipynb #449b5c19
 def write_sheets(

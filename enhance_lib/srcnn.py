@@ -195,11 +195,13 @@ def fit(
     model: nn.Module,  # an `SRCNN`
     dls: DataLoaders,  # of (bad, good)
     epochs: int,  # 1 or more
-    lr: float = 4e-3,  # highest learning rate: reached after 100 steps, then half a cosine to 0
+    lr: float = 4e-3,  # highest learning rate; see `optimiser_for`
     checkpoint: str | Path | None = None,  # file to go on from, if the training was killed
     progress: bool = True,  # show a bar
-) -> list[dict]:  # for each epoch: epoch, loss, PSNR and, on validation, input and output (all dB)
+) -> list[dict]:  # by epoch: epoch, loss, and in dB PSNR, and on validation input and output
     "Train by hand. Raises `PhotoError` if the checkpoint is of another training."
+    if epochs < 1:
+        raise PhotoError(f'{epochs} epochs are not possible: 1 or more.')
     device = dls.device
     model.to(device, memory_format=torch.channels_last)
     optimiser, schedule = optimiser_for(model, lr, epochs * len(dls.train))
@@ -249,7 +251,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # file to go on from, if the training was killed; one more for a round
-    budget: Budget,  # on one CPU core with bfloat16 and 600 photos: 20 s, 2 or 15 to 30 minutes
+    budget: Budget,  # full takes 15 to 30 minutes on one CPU core with bfloat16 and 600 photos
 ) -> tuple[SRCNN, list[dict]]:  # the model and the history of its training, as `fit` gives it
     "Train one of the published models. Raises `PhotoError`, as `fit` and `recipe_dls` do."
     if name not in PUBLISHED:

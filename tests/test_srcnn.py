@@ -319,3 +319,8 @@ def test_loaders_on_sheets(tmp_path):
         dls = pair_loaders(SheetPairs(tmp_path), SheetPairs(tmp_path), bs=8, device='cpu')
         bad, good = dls.one_batch()
     assert bad.shape == good.shape == (8, 1, 128, 128) and len(dls.train) == 8
+
+
+def test_no_epochs_are_refused(photos):
+    with pytest.raises(PhotoError, match='0 epochs'):
+        fit(SRCNN(), gray_dls(photos), 0, progress=False)

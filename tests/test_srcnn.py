@@ -287,7 +287,9 @@ def test_make_weights_at_smoke(photos, tmp_path, monkeypatch, capsys):
     home = tmp_path / '_weights' / 'smoke'
     model = load_model(home / 'srcnn-x3.safetensors')
     assert model.scale == 3 and model.card['budget'] == 'smoke'
-    assert model.card['training']['photos'] == {f'{photos.parent.name}/{photos.name}': 3}
+    assert model.card['training']['photos, as often as their folder was named'] == {
+        f'{photos.parent.name}/{photos.name}': 3
+    }
     # a second time it goes on from the checkpoint, which is of a finished training
     assert tool.main(arguments) == 0
     again = load_model(home / 'srcnn-x3.safetensors')

@@ -85,7 +85,7 @@ def train(name, module, folders, budget, home, out):
         recipe=TASKS[task].about,
         budget=budget.name,
         training={
-            'photos': {
+            'photos, as often as their folder was named': {
                 '/'.join(Path(f).parts[-2:]): folders.count(f) * len(find_photos(f))
                 for f in folders
             },

@@ -51,10 +51,10 @@ def yardstick():
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    "A folder of three small photos."
+    "A folder of three photos, which at half their size are still larger than the crop."
     folder = tmp_path_factory.mktemp('photos')
     for name in ('rocket', 'coins', 'flower'):
-        save_photo(sample_photo(name).crop((40, 60, 290, 285)), folder / f'{name}.png')
+        save_photo(sample_photo(name).crop((0, 0, 300, 300)), folder / f'{name}.png')
     return folder
 
 

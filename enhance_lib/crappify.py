@@ -171,14 +171,24 @@ def jpeg(
     photo: Image.Image,  # 8-bit L or RGB
     quality: int = 50,  # 1 (worst) to 95, as Pillow counts
     subsampling: str = '4:2:0',  # of the colours: '4:2:0', '4:2:2' or '4:4:4'
+    shift_x: int = 0,  # 0 to 15: its grid of blocks starts so many pixels left of the photo,
+    shift_y: int = 0,  # and so many above it, as if the photo had been cropped after saving
 ) -> Image.Image:
     "Save a photo as JPEG in memory and open it again. Raises `PhotoError` for a bad quality."
     _within('A JPEG quality', quality, 1, 95)
     if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
         raise PhotoError(f'There is no subsampling {subsampling!r}: 4:2:0, 4:2:2 or 4:4:4.')
+    _within('A shift', min(shift_x, shift_y), 0, 15)
+    _within('A shift', max(shift_x, shift_y), 0, 15)
+    whole = photo
+    if shift_x or shift_y:  # the border pixels go on to where the grid starts
+        pixels = np.asarray(photo)
+        before = [(shift_y, 0), (shift_x, 0), (0, 0)][: pixels.ndim]
+        whole = Image.fromarray(np.pad(pixels, before, 'edge'))
     buffer = io.BytesIO()
-    photo.save(buffer, 'jpeg', quality=int(quality), subsampling=subsampling)
-    return Image.open(buffer).convert(photo.mode)
+    whole.save(buffer, 'jpeg', quality=int(quality), subsampling=subsampling)
+    size = shift_x + photo.width, shift_y + photo.height
+    return Image.open(buffer).convert(photo.mode).crop((shift_x, shift_y, *size))
 
 # %% ../nbs/01_crappify.ipynb #b319925e
 @operation

@@ -420,6 +420,7 @@ TASKS = {
         before=(Step('gray'),),
         about='JPEG of quality 20 on the gray photo',
     ),
+    'jpeg10': Recipe('jpeg10', (Step('jpeg', quality=10),), about='JPEG of quality 10'),
 }
 
 # %% ../nbs/02_measure.ipynb #e9d5e5ce

@@ -155,8 +155,10 @@ class Pairs:
         items: list,  # what to make pairs from
         per_item: int = 1,  # pairs from each item in an epoch
         fixed: bool = False,  # the same pairs in every epoch, for validation
+        turn: bool = True,  # lay each pair in one of eight ways
     ):
-        self.make, self.items, self.per_item, self.fixed = make, list(items), per_item, fixed
+        self.make, self.items, self.per_item = make, list(items), per_item
+        self.fixed, self.turn = fixed, turn and not fixed
 
     def __len__(self):
         return len(self.items) * self.per_item
@@ -165,7 +167,7 @@ class Pairs:
         # numpy's global state is what fastai seeds in its workers and a checkpoint keeps
         rng = np.random.default_rng(i if self.fixed else np.random.randint(2**31))
         pair = self.make(self.items[i % len(self.items)], rng)
-        turn = None if self.fixed else TURNS[rng.integers(len(TURNS))]
+        turn = TURNS[rng.integers(len(TURNS))] if self.turn else None
         return tuple(to_tensor(p.transpose(turn) if turn is not None else p)[0] for p in pair)
 
 # %% ../nbs/03_workbench.ipynb #3c90084a
@@ -204,6 +206,7 @@ def recipe_dls(
     valid_size: int | None = None,  # side of a good crop to validate with; by default `size`
     per_photo: int = 1,  # crops from each photo in an epoch
     once: bool = False,  # crappify whole photos, once, and keep all pairs: for some hundred photos
+    turn: bool = True,  # lay each pair in one of eight ways; not for damage with a direction
     cache: float = 2000,  # megabytes of decoded photos to keep in memory
     n_workers: int = 0,  # processes that make pairs
     device=None,  # by default the fastest here
@@ -229,7 +232,8 @@ def recipe_dls(
         for item, source in sources.items():
             whole_pair(item) if once else keep(source)
     to_validate = Pairs(partial(make, size=valid_size or size), valid, fixed=True)
-    return pair_loaders(Pairs(make, train, per_photo), to_validate, bs, n_workers, device)
+    to_train = Pairs(make, train, per_photo, turn=turn)
+    return pair_loaders(to_train, to_validate, bs, n_workers, device)
 
 # %% ../nbs/03_workbench.ipynb #4b5a6124
 def folder_dls(

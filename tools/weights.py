@@ -5,17 +5,21 @@ import importlib
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 
+from enhance_lib.crappify import Recipe, Step
 from enhance_lib.measure import (
     TASKS,
     WEIGHTS,
     bench_pairs,
     board_row,
     feature_net,
-    mean_luma_psnr,
+    luma_psnr,
+    psnr,
     unenhanced,
 )
 from enhance_lib.photos import Budget, PhotoError, find_photos, open_photo
@@ -24,7 +28,7 @@ from enhance_lib.workbench import save_weights
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
-LESSONS = ('srcnn',)  # modules with PUBLISHED and train_published
+LESSONS = ('srcnn', 'jpeg_restorer')  # modules with PUBLISHED and train_published
 # Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
 PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
 
@@ -35,36 +39,66 @@ def published():
     return {name: module for module in modules for name in module.PUBLISHED}
 
 
+# What a model for colour JPEG is measured on: in words, and as a recipe without chance.
+JPEG = {
+    **{
+        f'quality {q}': Recipe('jpeg', (Step('jpeg', quality=q),))
+        for q in (10, 20, 30, 40, 50, 70, 90)
+    },
+    'quality 10, then 50 shifted by 4': Recipe(
+        'double', (Step('jpeg', quality=10, shift_x=4, shift_y=4), Step('jpeg', quality=50))
+    ),
+}
+MEASURED = {'jpeg-q10': ('quality 10',), 'jpeg-blind': tuple(JPEG)}  # the others: see `scores_of`
+
+
 def scores_of(model):
     "What a model reaches on the usual sets, as far as they lie beside the project."
-    task, scale = model.card['task'], model.scale
-    scores = {}
+    name, task, scale = (model.card.get(key) for key in ('name', 'task', 'scale'))
     if scale > 1:
-        folder = SHARED / 'bench' / 'Set5' / f'x{scale}'
-        pairs = bench_pairs(folder) if folder.is_dir() else []
-        if pairs:
-            scores['Set5'] = scored(model, pairs, scale)
-            scores['Set5']['protocol'] = (
-                f'luma PSNR (BT.601, studio range), {scale} pixels shaved, small photos by '
-                "MATLAB's bicubic, input enlarged by Pillow's"
-            )
-        return scores
-    for name, folder in (('BSDS500 val', 'bsds500/val'), ('Classic5', 'bench/Classic5')):
-        if (SHARED / folder).is_dir():
+        return scores_of_enlarging(model, scale)
+    scores = {}
+    for where, folder in (('BSDS500 val', 'bsds500/val'), ('Classic5', 'bench/Classic5')):
+        if not (SHARED / folder).is_dir():
+            continue
+        if name not in MEASURED:
             photos = [open_photo(p, 'RGB') for p in find_photos(SHARED / folder)]
             pairs = [TASKS[task].pair(photo) for photo in photos]
-            scores[name] = scored(model, pairs, 0)
-            scores[name]['protocol'] = 'PSNR of the gray photo, JPEG by Pillow, no border shaved'
+            scores[where] = scored(model, pairs, luma_psnr)
+            scores[where]['protocol'] = 'PSNR of the gray photo, JPEG by Pillow, no border shaved'
+            continue
+        photos = [open_photo(p, None) for p in find_photos(SHARED / folder)]
+        kind = 'gray' if photos[0].mode == 'L' else 'RGB'
+        for what in MEASURED[name]:
+            pairs = [JPEG[what].pair(photo) for photo in photos]
+            score = scored(model, pairs, psnr)
+            protocol = f'{kind} PSNR, JPEG by Pillow (4:2:0), no border shaved'
+            scores[f'{where}, {what}'] = {**score, 'protocol': protocol}
     return scores
 
 
-def scored(model, pairs, shave):
-    "Mean PSNR in dB of the input, enlarged by bicubic where it is smaller, and of the output."
-    sizes = {id(bad): good.size for bad, good in pairs}
-    before = mean_luma_psnr(lambda bad: unenhanced(bad, sizes[id(bad)]), pairs, shave)
+def scores_of_enlarging(model, scale):
+    "The same for a model whose output is larger than its input."
+    folder = SHARED / 'bench' / 'Set5' / f'x{scale}'
+    pairs = bench_pairs(folder) if folder.is_dir() else []
+    if not pairs:
+        return {}
+    measure = partial(luma_psnr, shave=scale)
+    protocol = (
+        f'luma PSNR (BT.601, studio range), {scale} pixels shaved, small photos by '
+        "MATLAB's bicubic, input enlarged by Pillow's"
+    )
+    return {'Set5': {**scored(model, pairs, measure), 'protocol': protocol}}
+
+
+def scored(model, pairs, measure):
+    "In dB: mean of the input (enlarged by bicubic if smaller) and of the output; least gain."
+    before = [measure(unenhanced(bad, good.size), good) for bad, good in pairs]
+    after = [measure(model.predict(bad), good) for bad, good in pairs]
     return {
-        'input': round(before, 2),
-        'output': round(mean_luma_psnr(model.predict, pairs, shave), 2),
+        'input': round(mean(before), 2),
+        'output': round(mean(after), 2),
+        'least gain of a photo': round(min(b - a for a, b in zip(before, after)), 2),
     }
 
 
@@ -77,7 +111,7 @@ def train(name, module, folders, budget, home, out):
         board_row('input', task),
         board_row(name, task, model.predict, sum(p.numel() for p in model.parameters())),
     ]
-    model.card = {'task': task}
+    model.card = {'name': name, 'task': task}
     card = save_weights(
         model,
         out / f'{name}.safetensors',
@@ -89,7 +123,7 @@ def train(name, module, folders, budget, home, out):
                 '/'.join(Path(f).parts[-2:]): folders.count(f) * len(find_photos(f))
                 for f in folders
             },
-            'epochs': len(history),
+            'epochs': sum(row.get('epochs', 1) for row in history),
             'validation': {k: round(v, 4) for k, v in history[-1].items()},
         },
         scores=scores_of(model),

@@ -174,7 +174,7 @@ def jpeg(
     shift_x: int = 0,  # 0 to 15: its grid of blocks starts so many pixels left of the photo,
     shift_y: int = 0,  # and so many above it, as if the photo had been cropped after saving
 ) -> Image.Image:
-    "Save a photo as JPEG in memory and open it again. Raises `PhotoError` for a bad quality."
+    "Save a photo as JPEG in memory and open it again. Raises `PhotoError`."
     _within('A JPEG quality', quality, 1, 95)
     if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
         raise PhotoError(f'There is no subsampling {subsampling!r}: 4:2:0, 4:2:2 or 4:4:4.')

@@ -221,9 +221,14 @@ def recipe_dls(
         return seen[item]
 
     def make(item, rng, size=size):
-        if once:
-            return crop_pair(*whole_pair(item), size, rng)
-        return recipe.pair(keep(sources[item]), int(rng.integers(2**31)), size=size)
+        try:
+            if once:
+                return crop_pair(*whole_pair(item), size, rng)
+            return recipe.pair(keep(sources[item]), int(rng.integers(2**31)), size=size)
+        except PhotoError as e:  # which of many photos was it?
+            source = sources[item]
+            name = f'photo {item.strip()}' if isinstance(source, Image.Image) else f"'{source}'"
+            raise PhotoError(f'{name}: {e}') from e
 
     train, valid = (find_photos(s) if isinstance(s, str | Path) else s for s in (train, valid))
     sources = {}  # name -> photo or path

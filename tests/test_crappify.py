@@ -248,6 +248,39 @@ def test_jpeg_subsampling_loses_colour():
     assert error[0].mean() > error[1].mean() > error[2].mean()
 
 
+@both_modes
+@pytest.mark.parametrize('shift', [(4, 4), (15, 0), (0, 15), (3, 11)])
+def test_shifted_jpeg_is_that_of_a_larger_photo_that_was_cropped_afterwards(shift, mode):
+    "Exactly, in all blocks that lie inside; the first of a row or column see what was cut off."
+    large = sample_photo('cat').crop((100, 40, 196, 136)).convert(mode)
+    photo = large.crop((*shift, 96, 96))
+    file = io.BytesIO()
+    large.save(file, 'JPEG', quality=10, subsampling='4:2:0')
+    expected = np.asarray(Image.open(file).convert(mode).crop((*shift, 96, 96)))
+    ours = OPERATIONS['jpeg'](photo, 10, shift_x=shift[0], shift_y=shift[1])
+    assert (ours.size, ours.mode) == (photo.size, mode)
+    assert np.array_equal(np.asarray(ours)[32:, 32:], expected[32:, 32:])
+    straight = np.asarray(OPERATIONS['jpeg'](photo, 10))
+    assert not np.array_equal(straight[32:, 32:], expected[32:, 32:])
+
+
+def test_shifted_jpeg_makes_no_edge_where_the_photo_begins():
+    "What is put before the photo goes on as its border does: a plain photo stays plain."
+    plain = Image.new('RGB', (40, 30), (200, 90, 30))
+    ours = np.asarray(OPERATIONS['jpeg'](plain, 10, shift_x=5, shift_y=3)).astype(int)
+    straight = np.asarray(OPERATIONS['jpeg'](plain, 10)).astype(int)
+    assert np.abs(ours - straight[0, 0]).max() == 0
+
+
+def test_shifted_jpeg_begins_with_a_part_of_a_block():
+    "Of quality 1 hardly more than the mean of a block is left: so its borders can be counted."
+    ramp = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8) * 4, (16, 1)))
+    for shift in (0, 3, 13):
+        row = np.asarray(OPERATIONS['jpeg'](ramp, 1, shift_x=shift))[8].astype(int)
+        jumps = np.flatnonzero(np.diff(row)) + 1
+        assert set((jumps + shift) % 8) == {0}
+
+
 @pytest.mark.parametrize('gray', [True, False])
 def test_noise_has_its_sigma_and_no_bias(gray):
     photo = Image.new('RGB', (200, 200), (128, 128, 128))
@@ -367,6 +400,8 @@ BAD = [
     ('jpeg', {'quality': 0}, '0'),
     ('jpeg', {'quality': 96}, '96'),
     ('jpeg', {'subsampling': '4:0:0'}, '4:4:4'),
+    ('jpeg', {'shift_x': 16}, '16'),
+    ('jpeg', {'shift_y': -1}, '-1'),
     ('blur', {'kind': 'boxy'}, 'Did you mean box'),
     ('blur', {'radius': -1}, '-1'),
     ('noise', {'sigma': -0.1}, '-0.1'),

@@ -407,6 +407,18 @@ def test_bad_and_good_are_turned_alike_in_all_eight_ways():
     assert counts.min() > 50 and counts.max() < 150  # 100 each; 50 off is five sigma
 
 
+def test_pairs_that_are_not_turned_stay_as_they_were_made():
+    "And are of other places in each epoch, unlike fixed ones."
+    pairs = Pairs(crops_of_two_sizes, [place_photo(40, 32)], turn=False)
+    corners = set()
+    for _ in range(40):
+        bad, good = (levels(x) for x in pairs[0])
+        assert (np.diff(good[0, :, 0]) == 1).all() and (np.diff(good[:, 0, 1]) == 1).all()
+        assert (np.diff(bad[0, :, 0]) == 2).all() and (np.diff(bad[:, 0, 1]) == 2).all()
+        corners.add(tuple(good[0, 0, :2]))
+    assert len(corners) > 10
+
+
 # Loaders that make pairs on the fly
 
 
@@ -460,6 +472,20 @@ def test_each_crop_is_crappified_anew():
         upright = next(g for g in upright if g[0, 0, 1] < g[1, 0, 1] and g[0, 0, 1] == g[0, 1, 1])
         small = Image.fromarray(upright.astype(np.uint8)).resize((6, 6), Image.Resampling.BICUBIC)
         assert any((way == pixels(small)).all() for way in eight(levels(bad[0])))
+
+
+@pytest.mark.parametrize('once', [False, True])
+@pytest.mark.parametrize('turn', [False, True])
+def test_crops_are_turned_unless_told_otherwise(turn, once):
+    "Columns and rows of a crop that was not turned count upwards."
+    photo = place_photo(41, 33)
+    recipe = Recipe('same', ())
+    dls = recipe_dls(
+        [photo], [photo], recipe, 12, bs=1, per_photo=40, once=once, turn=turn, device='cpu'
+    )
+    goods = [levels(good[0]) for _, good in dls.train]
+    upright = [g[0, 0, 0] < g[0, 1, 0] and g[0, 0, 1] < g[1, 0, 1] for g in goods]
+    assert all(upright) != turn and any(upright)
 
 
 @pytest.mark.parametrize('kind', ['photos', 'paths', 'folder'])

@@ -162,7 +162,8 @@ def main(arguments=None):
         for name in given.models or known:
             train(name, known[name], folders, budget, home, out)
     except PhotoError as e:
-        print(e, file=sys.stderr)
+        # fastai puts a line of its own before the words of a callback
+        print(str(e).splitlines()[-1], file=sys.stderr)
         return 2
     return 0
 

@@ -54,7 +54,7 @@ MEASURED = {'jpeg-q10': ('quality 10',), 'jpeg-blind': tuple(JPEG)}  # the other
 
 def scores_of(model):
     "What a model reaches on the usual sets, as far as they lie beside the project."
-    name, task, scale = (model.card.get(key) for key in ('name', 'task', 'scale'))
+    name, task, scale = model.card['name'], model.card['task'], model.scale
     if scale > 1:
         return scores_of_enlarging(model, scale)
     scores = {}

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'BOTH', 'WEB', 'GRAY_TOO', 'PUBLISHED', 'jpeg_recipe', 'grid_of', 'ConvUnit', 'ImageRestorer', 'start_small',
-           'summed_mse', 'BatchPSNR', 'last_apart', 'restorer_learner', 'psnr_b', 'root_mse', 'ResidualBlock',
-           'BlindRestorer', 'train_published']
+           'summed_mse', 'BatchPSNR', 'last_apart', 'restorer_learner', 'psnr_b', 'root_mse', 'train_published']
 
 # %% ../nbs/05_jpeg_restorer.ipynb #ed0c17bf
 import warnings
@@ -26,6 +25,7 @@ from enhance_lib.workbench import (
     KeepGoing,
     PhotoCache,
     PhotoModel,
+    load_model,
     recipe_dls,
     set_seed,
 )
@@ -223,76 +223,24 @@ def root_mse(
     mse = F.mse_loss(prediction, target, reduction='none').mean((1, 2, 3))
     return (mse + 1e-6).sqrt().mean()  # the root of zero has no gradient
 
-# %% ../nbs/05_jpeg_restorer.ipynb #e531f14f
-class ResidualBlock(nn.Module):
-    "Conv 3×3, ReLU, Conv 3×3, added to the input (EDSR: Lim et al. 2017)."
-
-    def __init__(
-        self,
-        channels: int,  # feature maps
-    ):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, channels, H, W)
-    ) -> torch.Tensor:  # the same
-        "Add what two convolutions make of x."
-        return x + self.conv2(F.relu(self.conv1(x)))
-
-
-class BlindRestorer(PhotoModel):
-    "Residual blocks on a quarter of the pixels and four times the channels: sees far at low cost."
-
-    multiple = 2
-    tile = 512
-
-    def __init__(
-        self,
-        channels: int = 64,  # feature maps
-        blocks: int = 8,  # residual blocks
-    ):
-        super().__init__()
-        self.arguments = {'channels': channels, 'blocks': blocks}
-        self.margin = 2 * (2 * blocks + 2)  # each 3×3 kernel sees two pixels further
-        self.first = nn.Conv2d(12, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
-        self.last = nn.Conv2d(channels, 12, 3, padding=1)
-        nn.init.zeros_(self.last.weight)  # so that it starts by doing nothing
-        nn.init.zeros_(self.last.bias)
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, 3, H, W) in [0, 1], sides even
-    ) -> torch.Tensor:  # (N, 3, H, W)
-        "Restore a batch."
-        y = self.first(F.pixel_unshuffle(x, 2))  # (N, channels, H / 2, W / 2)
-        y = self.last(y + self.blocks(y))  # (N, 12, H / 2, W / 2)
-        return x + F.pixel_shuffle(y, 2)
-
 # %% ../nbs/05_jpeg_restorer.ipynb #8d335c60
 GRAY_TOO = (*VARIED, Step('color', p=0.1, factor=0))
-PUBLISHED = {  # rounds are of (schedule, highest learning rate, side of the crops, epochs)
+PUBLISHED = {  # of a round, `size` is the side of the crops, `bs` how many are in a batch
     'jpeg-q10': {
         'task': 'jpeg10',
-        'model': ImageRestorer,
         'recipe': jpeg_recipe(10, before=GRAY_TOO),
         'loss': summed_mse,
-        'rounds': (('flat', 1e-3, 32, 6), ('falling', 1e-3, 64, 14)),
+        'rounds': (
+            {'lr': 1e-3, 'falling': False, 'epochs': 6, 'size': 32, 'bs': 8},
+            {'lr': 1e-3, 'falling': True, 'epochs': 14, 'size': 64, 'bs': 8},
+        ),
     },
     'jpeg-blind': {
         'task': 'jpeg10',
-        'model': BlindRestorer,
+        'start': 'jpeg-q10',  # the weights to start from
         'recipe': WEB,
         'loss': root_mse,
-        'rounds': (
-            ('flat', 1e-3, 64, 15),
-            ('falling', 7e-4, 64, 14),
-            ('falling', 7e-4, 64, 10),
-            ('falling', 2e-4, 128, 5),
-        ),
+        'rounds': ({'lr': 5e-4, 'falling': True, 'epochs': 8, 'size': 64, 'bs': 8},),
     },
 }
 
@@ -311,27 +259,26 @@ def train_published(
     valid = sorted(set(photos))[::20]
     train = [p for p in photos if p not in valid]
 
-    def crops(size):
-        # as many pixels of each photo as a crop of 128×128 has, in smaller crops: more steps
-        per_photo = budget(1, 4, (128 // size) ** 2)
+    model, learn, history = ImageRestorer(), None, []
+    if 'start' in plan:
+        model.load_state_dict(load_model(plan['start']).state_dict())
+    first = {**plan['rounds'][0], 'size': 32}
+    short = ({**first, 'falling': True, 'epochs': budget(1, 3, 3)},)
+    for i, part in enumerate(budget(short, short, plan['rounds'])):
+        # as many pixels of each photo as a crop of 128×128 has, in smaller crops: more steps;
         # not turned after JPEG, which treats rows and columns differently
-        return recipe_dls(
-            train, valid, plan['recipe'], size, valid_size=192, per_photo=per_photo, turn=False
-        )
-
-    learn, history = None, []
-    rounds = budget((('falling', 1e-3, 32, 1),), (('falling', 1e-3, 32, 3),), plan['rounds'])
-    for i, (schedule, lr, size, epochs) in enumerate(rounds):
-        dls = crops(size)
+        per_photo = budget(1, 4, (128 // part['size']) ** 2)
+        crops = {'size': part['size'], 'bs': part['bs'], 'per_photo': per_photo, 'valid_size': 192}
+        dls = recipe_dls(train, valid, plan['recipe'], **crops, turn=False)
         if learn is None:
-            learn = restorer_learner(dls, plan['model'](), plan['loss'])
+            learn = restorer_learner(dls, model, plan['loss'])
         learn.dls = dls
         keep_going = KeepGoing(Path(checkpoint).with_suffix(f'.{i}.ckpt'))
-        rates = slice(lr, lr / 2)
-        if schedule == 'flat':
-            learn.fit(epochs, rates, cbs=keep_going)
-        else:
+        epochs, rates = part['epochs'], slice(part['lr'], part['lr'] / 2)
+        if part['falling']:
             learn.fit_flat_cos(epochs, rates, pct_start=0.0, cbs=keep_going)
+        else:
+            learn.fit(epochs, rates, cbs=keep_going)
         names = ('loss', *(m.name for m in learn.metrics))
         history.append({'epochs': epochs, **dict(zip(names, map(float, learn.validate())))})
     return learn.model, history

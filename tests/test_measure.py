@@ -1222,7 +1222,8 @@ def test_the_row_of_the_input_is_worked_out_with_skimage(task, small_tasks):
     found = []
     for bad, good in board_pairs(task):
         large = bad.resize(good.size, Image.BICUBIC) if shave else bad
-        a, b = (rgb2ycbcr(p)[..., 0] if shave else np.asarray(p, float) for p in (large, good))
+        colour = good.mode == 'RGB'
+        a, b = (rgb2ycbcr(p)[..., 0] if colour else np.asarray(p, float) for p in (large, good))
         inner = (slice(shave, -shave),) * 2 if shave else (slice(None),) * 2
         a, b = a[inner], b[inner]
         rgb = [np.asarray(p.convert('RGB')).transpose(2, 0, 1) / 255 for p in (large, good)]
@@ -1381,11 +1382,12 @@ def test_the_plane_of_one_task(drawn, weights):
 
 
 def test_the_plane_of_several_tasks(drawn, weights):
+    n = len(TASKS)
     rows = [row(t, m, 25 + i, 0.1 * i) for t in TASKS for i, m in enumerate(['input', 'a', 'b'])]
     rows.append(row('new', 'alone', 31, 0.4))  # without an input: a dot and no arrow
     ax, dots, rings, arrows, names = drawn(scoreboard(*rows))
-    assert sorted(dots) == sorted([(26, 0.1), (27, 0.2)] * 4 + [(31, 0.4)])
-    assert rings == [(25, 0)] * 4
-    assert len(arrows) == 8 and all(start == (25, 0) for start, _ in arrows)
-    assert sorted(names) == ['a'] * 4 + ['alone'] + ['b'] * 4
+    assert sorted(dots) == sorted([(26, 0.1), (27, 0.2)] * n + [(31, 0.4)])
+    assert rings == [(25, 0)] * n
+    assert len(arrows) == 2 * n and all(start == (25, 0) for start, _ in arrows)
+    assert sorted(names) == ['a'] * n + ['alone'] + ['b'] * n
     assert [t.get_text() for t in ax.get_legend().texts] == sorted([*TASKS, 'new'])

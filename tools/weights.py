@@ -68,12 +68,12 @@ def scores_of(model):
             scores[where]['protocol'] = 'PSNR of the gray photo, JPEG by Pillow, no border shaved'
             continue
         photos = [open_photo(p, None) for p in find_photos(SHARED / folder)]
-        kind = 'gray' if photos[0].mode == 'L' else 'RGB'
+        gray = photos[0].mode == 'L'
+        kind = 'gray PSNR, JPEG by Pillow' if gray else 'RGB PSNR, JPEG by Pillow (4:2:0)'
         for what in MEASURED[name]:
             pairs = [JPEG[what].pair(photo) for photo in photos]
             score = scored(model, pairs, psnr)
-            protocol = f'{kind} PSNR, JPEG by Pillow (4:2:0), no border shaved'
-            scores[f'{where}, {what}'] = {**score, 'protocol': protocol}
+            scores[f'{where}, {what}'] = {**score, 'protocol': f'{kind}, no border shaved'}
     return scores
 
 
@@ -104,7 +104,8 @@ def scored(model, pairs, measure):
 
 def train(name, module, folders, budget, home, out):
     "Train one model, going on from its checkpoint, and write weights and card."
-    task = module.PUBLISHED[name]['task']
+    plan = module.PUBLISHED[name]
+    task = plan['task']
     photos = [p for folder in folders for p in find_photos(folder)]
     model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget)
     rows = [
@@ -116,13 +117,14 @@ def train(name, module, folders, budget, home, out):
         model,
         out / f'{name}.safetensors',
         task=task,
-        recipe=TASKS[task].about,
+        recipe=plan.get('recipe', TASKS[task]).about,
         budget=budget.name,
         training={
             'photos, as often as their folder was named': {
                 '/'.join(Path(f).parts[-2:]): folders.count(f) * len(find_photos(f))
                 for f in folders
             },
+            **({'start': plan['start']} if 'start' in plan else {}),
             'epochs': sum(row.get('epochs', 1) for row in history),
             'validation': {k: round(v, 4) for k, v in history[-1].items()},
         },

@@ -8,11 +8,11 @@ import math
 import random
 import warnings
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from beside import SHARED, yardstick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,7 +59,6 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.optimizer import OptimWrapper
 
-SHARED = Path(__file__).resolve().parent.parent.parent / 'shared'
 VAL, CLASSIC5 = SHARED / 'data' / 'bsds500' / 'val', SHARED / 'data' / 'bench' / 'Classic5'
 has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
 has_bench = pytest.mark.skipif(
@@ -77,15 +76,6 @@ def not_yet(reached):
 
 class Killed(BaseException):
     "As sudden as a kill: nobody catches it, whoever catches every Exception."
-
-
-@cache
-def yardstick():
-    "The independent measure beside the project."
-    spec = importlib.util.spec_from_file_location('yardstick', SHARED / 'tools' / 'yardstick.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def seed(number):

@@ -1,6 +1,5 @@
 """SRCNN: the network of the paper, the loop, and weights that keep what their cards say."""
 
-import importlib.util
 import math
 import sys
 import warnings
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from beside import SHARED, yardstick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,21 +32,12 @@ from enhance_lib.srcnn import (
 from enhance_lib.workbench import WEIGHTS, load_model, pair_loaders, published, recipe_dls
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / 'shared'
 sys.path.insert(0, str(ROOT / 'tools'))
 import weights as tool
 
 has_bench = pytest.mark.skipif(
     not (SHARED / 'data' / 'bench').is_dir(), reason='the benchmark sets do not lie beside it'
 )
-
-
-def yardstick():
-    "The independent measure beside the project."
-    spec = importlib.util.spec_from_file_location('yardstick', SHARED / 'tools' / 'yardstick.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')

@@ -24,11 +24,13 @@ from enhance_lib.crappify import Between, OneOf
 from enhance_lib.jpeg_restorer import (
     PUBLISHED,
     WEB,
+    BlindRestorer,
     ConvUnit,
     ImageRestorer,
     grid_of,
     jpeg_recipe,
     last_apart,
+    log_mse,
     psnr_b,
     restorer_learner,
     root_mse,
@@ -65,6 +67,7 @@ has_bench = pytest.mark.skipif(
     not CLASSIC5.is_dir(), reason='the benchmark sets do not lie beside it'
 )
 both = pytest.mark.parametrize('name', PUBLISHED)
+NETWORKS = {'jpeg-q10': ImageRestorer, 'jpeg-blind': BlindRestorer}
 
 the_model = cache(load_model)  # for tests that leave it as it is
 
@@ -208,16 +211,23 @@ def test_a_photo_smaller_than_the_crop_is_refused():
 
 
 def test_web_photos_are_saved_once_or_twice_with_any_grid():
-    "Twice in 0.3 × 0.97 of the cases, never in 0.7 × 0.03; shifted by 0 to 15."
+    """Twice in 0.45 × 0.97 of the cases, never in 0.55 × 0.03; shifted by 0 to 15.
+
+    The last grid starts top left in most of them, as that of a file does: each side in
+    2/3 + 1/48 of the cases.
+    """
     plans = [WEB.draw(i) for i in range(2000)]
     times = [len(plan['steps']) for plan in plans]
-    assert abs(times.count(2) - 582) < 102 and abs(times.count(0) - 42) < 32  # five sigma
+    assert abs(times.count(2) - 873) < 112 and abs(times.count(0) - 33) < 29  # five sigma
     drawn = [values for plan in plans for _, values in plan['steps']]
     assert {v['quality'] for v in drawn} == set(range(5, 96))
     assert {v['shift_x'] for v in drawn} == {v['shift_y'] for v in drawn} == set(range(16))
     assert {v['subsampling'] for v in drawn} == {'4:2:0', '4:4:4'}
+    last = [plan['steps'][-1][1] for plan in plans if len(plan['steps']) == 2]
+    aligned = sum(v['shift_x'] == 0 for v in last) / len(last)
+    assert abs(aligned - (2 / 3 + 1 / 48)) < 0.1  # five sigma
     gray = sum(['color', {'factor': 0}] in plan['before'] for plan in plans)
-    assert abs(gray - 200) < 67
+    assert abs(gray - 300) < 80
 
 
 # A grid of crops
@@ -307,6 +317,58 @@ def test_the_restorer_sees_17_pixels():
     assert ImageRestorer.margin == 8
 
 
+def test_the_blind_restorer_has_913069_parameters():
+    "The restorer, eight maps more at its start, and a path of four convolutions beside it."
+    path = (192 * 9 * 128 + 128 + 1) + 2 * (128 * 9 * 128 + 128 + 1) + (128 * 9 * 64 + 9 * 64)
+    count = sum(p.numel() for p in BlindRestorer().parameters())
+    assert count == 313066 + 8 * 9 * 128 + path == 913069
+
+
+def test_the_blind_restorer_sees_seven_blocks():
+    "Beyond the restorer's own 8 pixels, three blocks and what is left of the own one."
+    torch.manual_seed(0)
+    # the pixel is the first of its block, then the last: 8 + 3 × 8 + 7 in one direction
+    assert reach(BlindRestorer(), (56, 56)) == (24, 95, 24, 95)
+    assert reach(BlindRestorer(), (63, 63)) == (24, 95, 24, 95)
+    assert BlindRestorer.margin == 40 > 63 - 24
+
+
+def test_the_blind_restorer_starts_as_the_one_it_is_given():
+    "To the last bit or so, though its other path is full of random numbers; it is a copy."
+    torch.manual_seed(0)
+    restorer, x = ImageRestorer(), torch.rand(2, 3, 24, 32)
+    blind = BlindRestorer().start_from(restorer)
+    with torch.inference_mode():
+        assert torch.allclose(blind(x), restorer(x), atol=1e-6)
+        assert float(blind.look(x)[:, :8].std()) > 1e-3
+        blind.last.weight.zero_()
+        assert float(restorer.last.weight.std()) > 1e-3
+
+
+def test_the_strength_scales_what_is_added():
+    "One plus the ninth map: 1 + 1 doubles it, 1 - 1 leaves the photo as it is."
+    torch.manual_seed(0)
+    restorer, x = ImageRestorer(), torch.rand(1, 3, 16, 16)
+    blind = BlindRestorer().start_from(restorer)
+    with torch.inference_mode():
+        for value, times in ((1.0, 2), (-1.0, 0), (0.5, 1.5)):
+            blind.look[7].bias[8 * 64 :] = value
+            added = restorer(x) - x
+            assert torch.allclose(blind(x), x + times * added, atol=1e-6)
+
+
+def test_every_path_of_the_blind_restorer_learns():
+    "After one step the maps count, so their path gets gradients too."
+    torch.manual_seed(0)
+    blind, x = BlindRestorer().start_from(ImageRestorer()), torch.rand(1, 3, 16, 16)
+    step = torch.optim.SGD(blind.parameters(), 0.1)
+    for _ in range(2):
+        step.zero_grad()
+        summed_mse(blind(x), torch.zeros_like(x)).backward()
+        step.step()
+    assert all(float(p.grad.abs().max()) > 0 for p in blind.parameters())
+
+
 @pytest.mark.parametrize('residual', [True, False])
 def test_without_a_last_layer_the_input_or_nothing_is_left(residual):
     "Residual: what the network gives is added to its input."
@@ -348,6 +410,34 @@ def test_start_small_draws_weights_and_leaves_the_rest():
         assert torch.equal(value, before[name]) == (name not in weights)
 
 
+@pytest.mark.parametrize('channels', [(3, 128), (11, 128), (64, 32)])
+def test_merged_layers_give_what_the_layers_give(channels):
+    "In eval without gradients; zeros beyond the border included. What came in stays."
+    torch.manual_seed(0)
+    unit, x = ConvUnit(*channels), torch.randn(2, channels[0], 9, 12)
+    for slope in (unit[2], unit[4]):
+        nn.init.constant_(slope.weight, 0.3)
+    with torch.inference_mode():
+        before = x.clone()
+        layers = unit(x)
+        unit.eval()
+        merged = unit(x)
+    assert torch.allclose(layers, merged, atol=1e-5) and float(layers.std()) > 0.01
+    assert torch.equal(x, before)
+
+
+def test_gradients_take_the_long_way():
+    "In eval too: all six tensors and both slopes get theirs, the same as while training."
+    torch.manual_seed(0)
+    unit, x, found = ConvUnit(3, 8), torch.randn(1, 3, 9, 9), []
+    for mode in (True, False):
+        unit.train(mode).zero_grad()
+        unit(x).square().sum().backward()
+        found.append([p.grad.clone() for p in unit.parameters()])
+    assert len(found[0]) == 8 and all(float(g.abs().max()) > 0 for g in found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 # Losses
 
 
@@ -372,6 +462,16 @@ def test_root_mse_of_identical_photos_has_a_gradient():
     loss = root_mse(y, x)
     loss.backward()
     assert float(loss) < 0.0011 and y.grad.abs().max() == 0
+
+
+def test_log_mse_by_hand():
+    "Off by 0.1 and by 0.01: 20 and 40 dB, so 30 dB on average, but for the floor."
+    x = torch.full((2, 3, 8, 8), 0.5)
+    y = x + torch.tensor([0.1, -0.01]).view(2, 1, 1, 1)
+    assert -10 / math.log(10) * float(log_mse(y, x, floor=0)) == pytest.approx(30, abs=1e-3)
+    floored = (math.log(0.01 + 1e-4) + math.log(1e-4 + 1e-4)) / 2
+    assert float(log_mse(y, x)) == pytest.approx(floored, abs=1e-3)
+    assert float(log_mse(x, x)) == pytest.approx(math.log(1e-4), abs=1e-3)
 
 
 # Training
@@ -556,7 +656,7 @@ def trained(paths, tmp_path_factory):
 def test_both_models_train_at_smoke(name, trained, tmp_path):
     "What is made can be saved, and is found again by its card."
     model, (row,), checkpoint = trained[name]
-    assert type(model) is ImageRestorer and row['epochs'] == 1
+    assert type(model) is NETWORKS[name] and row['epochs'] == 1
     assert set(row) == {'epochs', 'loss', 'input', 'output'}
     assert all(map(math.isfinite, row.values())) and 15 < row['input'] < 45
     assert checkpoint.with_suffix('.0.ckpt').exists()
@@ -577,7 +677,11 @@ def test_the_blind_model_starts_from_the_specialist(paths, tmp_path, monkeypatch
         with pytest.raises(Killed):
             train_published(name, paths, tmp_path / 'a.ckpt', Budget('smoke'))
     blind, specialist = found
-    assert equal_weights(blind, the_model('jpeg-q10'))
+    assert type(blind) is BlindRestorer and type(specialist) is ImageRestorer
+    assert torch.equal(blind.last.weight, the_model('jpeg-q10').last.weight)
+    x = torch.rand(1, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.allclose(blind(x), the_model('jpeg-q10')(x), atol=1e-5)
     assert not equal_weights(specialist, the_model('jpeg-q10'))
 
 
@@ -620,11 +724,12 @@ def test_a_training_goes_on_as_if_it_had_not_been_killed(checkpoints, paths, tmp
     monkeypatch.setattr(workbench, 'half_dtype', lambda device: None)
     monkeypatch.setattr(jpeg_restorer, 'ImageRestorer', Small)
 
-    first = {'lr': 1e-3, 'falling': False, 'epochs': 2, 'size': 32, 'bs': 8}
-    rounds = (first, {'lr': 7e-4, 'falling': True, 'epochs': 2, 'size': 48, 'bs': 8})
+    shared = {'recipe': jpeg_recipe(10), 'loss': summed_mse, 'bs': 8, 'per_photo': 4, 'epochs': 2}
+    first = {**shared, 'lr': 1e-3, 'falling': False, 'size': 32}
+    rounds = (first, {**shared, 'lr': 7e-4, 'falling': True, 'size': 48})
 
     def budget(smoke, lesson, full):
-        return 4 if smoke == 1 else rounds  # 4 crops of a photo
+        return 4 if smoke == 1 else rounds
 
     def save_and_die(*args, **parts):
         written.append(save_checkpoint(*args, **parts))
@@ -659,7 +764,7 @@ def test_the_card_says_what_there_is(name):
     path = WEIGHTS / f'{name}.safetensors'
     card, model = read_card(path.with_suffix('.json')), the_model(name)
     module, _, kind = card['architecture'].rpartition('.')
-    assert getattr(importlib.import_module(module), kind) is type(model) is ImageRestorer
+    assert getattr(importlib.import_module(module), kind) is type(model) is NETWORKS[name]
     rebuilt = type(model)(**card['arguments']).state_dict()
     assert {k: v.shape for k, v in rebuilt.items()} == {
         k: v.shape for k, v in model.state_dict().items()
@@ -713,18 +818,29 @@ def gains(name, folders, quality):
     return np.array([after - before for before, after, _ in found])
 
 
-@has_val
-@not_yet('26.94 dB of 27.05 on val')
-def test_the_specialist_on_bsds500(pieces):
-    """27.05 dB on the whole of val, which `make bench` measures, are a gain of 1.32 dB.
+def on_val(name, quality):
+    "What the card says of the whole of BSDS500 val; `make bench` measures it anew."
+    return the_model(name).card['scores'][f'BSDS500 val, quality {quality}']
 
-    A model gains about as much on these pieces (here first 0.79 dB, and 0.75 on the whole).
-    """
-    assert gains('jpeg-q10', pieces, 10).mean() >= 1.32 - 0.05
+
+@has_val
+@pytest.mark.parametrize(
+    'name, quality', [('jpeg-q10', 10), ('jpeg-blind', 10), ('jpeg-blind', 40)]
+)
+def test_the_card_is_right(name, quality, pieces):
+    "Pieces of twenty photos gain about as much as the card says of a hundred whole ones."
+    said, found = on_val(name, quality), gains(name, pieces, quality).mean()
+    assert found == pytest.approx(said['output'] - said['input'], abs=0.12)
+
+
+@not_yet('26.95 dB of 27.05')
+def test_the_specialist_on_bsds500():
+    "At quality 10."
+    assert on_val('jpeg-q10', 10)['output'] >= 27.05
 
 
 @has_bench
-@not_yet('29.19 dB of 29.45')
+@not_yet('29.23 dB of 29.45')
 def test_the_specialist_on_classic5():
     "By the yardstick, and the card says the same."
 
@@ -738,9 +854,9 @@ def test_the_specialist_on_classic5():
 
 
 @has_val
-@not_yet('0.24 dB below on val')
 def test_the_blind_model_is_nearly_as_good_as_the_specialist(pieces):
     "At the one quality that the specialist knows, within 0.15 dB."
+    assert on_val('jpeg-blind', 10)['output'] >= on_val('jpeg-q10', 10)['output'] - 0.15
     assert gains('jpeg-blind', pieces, 10).mean() >= gains('jpeg-q10', pieces, 10).mean() - 0.15
 
 
@@ -751,12 +867,18 @@ def test_the_blind_model_gains_at_quality_40(pieces):
 
 
 @has_val
-@pytest.mark.parametrize(
-    'quality', [10, 30, 50, 70, pytest.param(90, marks=not_yet('one photo of val loses 2.06 dB'))]
-)
-def test_the_blind_model_harms_no_photo(quality, pieces):
+@pytest.mark.parametrize('quality', [10, 30, 50, 70, 90])
+def test_the_blind_model_harms_no_piece(quality, pieces):
     "By more than 0.05 dB."
     assert gains('jpeg-blind', pieces, quality).min() >= -0.05
+
+
+@pytest.mark.parametrize(
+    'quality', [10, 30, 50, 70, pytest.param(90, marks=not_yet('one photo of val loses 0.08 dB'))]
+)
+def test_the_blind_model_harms_no_photo(quality):
+    "The same of the hundred whole photos, by the card."
+    assert on_val('jpeg-blind', quality)['least gain of a photo'] >= -0.05
 
 
 @has_val

@@ -181,7 +181,7 @@ def speed_of_predict():
         ('jpeg-q10', 'jpeg10', 2, fast, '0.05 dB at most'),
         ('jpeg-blind', 'jpeg10', 3, fast, '0.05 dB at most'),
     ):
-        plain, model = load_model(name), load_model(name)
+        plain, model = load_model(name).train(), load_model(name)  # plain: no layers merged
         bad, truth = TASKS[task].pair(good)
 
         @torch.inference_mode()

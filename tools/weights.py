@@ -106,6 +106,8 @@ def train(name, module, folders, budget, home, out):
     "Train one model, going on from its checkpoint, and write weights and card."
     plan = module.PUBLISHED[name]
     task = plan['task']
+    last = plan['rounds'][-1]
+    recipe = last['recipe'] if 'recipe' in last else TASKS[task]
     photos = [p for folder in folders for p in find_photos(folder)]
     model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget)
     rows = [
@@ -117,7 +119,7 @@ def train(name, module, folders, budget, home, out):
         model,
         out / f'{name}.safetensors',
         task=task,
-        recipe=plan.get('recipe', TASKS[task]).about,
+        recipe=recipe.about,
         budget=budget.name,
         training={
             'photos, as often as their folder was named': {

@@ -206,7 +206,7 @@ def psnr_b(
 BOTH = OneOf('4:2:0', '4:4:4')
 _ANY = OneOf(Between(5, 15), Between(5, 25), Between(20, 60), Between(40, 80), Between(80, 95))
 _FIRST = OneOf(Between(5, 15), Between(5, 25), Between(20, 60))  # of two: it did the most damage
-_SELDOM = OneOf(0, 0, Between(0, 15))
+_SELDOM = OneOf(0, 0, Between(0, 15))  # the grid of a file starts top left, unless it was cropped
 
 
 def _shifted(by):
@@ -329,6 +329,9 @@ def _q10(before):
 _SMALLER = (Step('rescale', p=0.7, factor=OneOf(0.9, 0.75, 0.6, 0.45, 0.3)), *gray_too(0.25)[1:])
 _START = {**_q10(gray_too(0.1)), 'loss': summed_mse}
 
+# The published weights came about in steps, so their way differs a little: the fall over 24 epochs
+# was the start of one over 32; `jpeg-blind` started from `jpeg-q10` after its third round; its own
+# first round was the start of a fall over 28 epochs, with fewer double JPEGs
 PUBLISHED = {
     'jpeg-q10': {
         'task': 'jpeg10',
@@ -344,7 +347,6 @@ PUBLISHED = {
         'task': 'jpeg10',
         'start': 'jpeg-q10',  # the weights to start from
         'rounds': (
-            # the published weights saw less double JPEG in their first round
             {'recipe': WEB, 'loss': log_mse, **_crops(96, 4, 2), **_rate(7e-4, False, 8)},
             {'recipe': WEB, 'loss': log_mse, **_crops(96, 4, 2), **_rate(6e-4, True, 19)},
         ),
@@ -356,7 +358,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 2 to 3 hours on one CPU core with bfloat16
+    budget: Budget,  # full takes 1½ to 3 hours on one CPU core with bfloat16
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and by round: epochs, loss, and dB in and out
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
     if name not in PUBLISHED:

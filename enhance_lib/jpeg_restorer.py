@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIED', 'BOTH', 'WEB', 'PUBLISHED', 'jpeg_recipe', 'grid_of', 'ConvUnit', 'ImageRestorer', 'start_small',
            'summed_mse', 'BatchPSNR', 'last_apart', 'restorer_learner', 'psnr_b', 'gray_too', 'root_mse', 'log_mse',
-           'BlindRestorer', 'train_published']
+           'grid_lines', 'DamageEstimator', 'damage', 'LearnDamage', 'BlindRestorer', 'train_published']
 
 # %% ../nbs/05_jpeg_restorer.ipynb #ed0c17bf
 import warnings
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .crappify import Between, OneOf, Recipe, Step, nearest_names
 from .measure import luma, luma_psnr, psnr, to_tensor
-from .photos import Budget, PhotoError, cut_tiles, tile_boxes
+from .photos import Budget, PhotoError, cut_tiles
 from enhance_lib.workbench import (
     AutocastCPU,
     DataLoaders,
@@ -35,6 +35,7 @@ from enhance_lib.workbench import (
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # fastai still uses torch.jit
     import fastai.callback.schedule  # noqa: F401  (gives a Learner its ways to fit)
+    from fastai.callback.core import Callback
     from fastai.learner import Learner, Metric
 
 # %% ../nbs/05_jpeg_restorer.ipynb #365a7485
@@ -204,8 +205,9 @@ def psnr_b(
 
 # %% ../nbs/05_jpeg_restorer.ipynb #c72c9e18
 BOTH = OneOf('4:2:0', '4:4:4')
-_ANY = OneOf(Between(5, 15), Between(5, 25), Between(20, 60), Between(40, 80), Between(80, 95))
-_FIRST = OneOf(Between(5, 15), Between(5, 25), Between(20, 60))  # of two: it did the most damage
+_LOW = (Between(5, 15), Between(5, 15), Between(5, 25), Between(20, 60))
+_FIRST = OneOf(*_LOW)  # of two: it did the most damage
+_ANY = OneOf(*_LOW, Between(40, 80), Between(80, 95), Between(80, 95))
 _SELDOM = OneOf(0, 0, Between(0, 15))  # the grid of a file starts top left, unless it was cropped
 
 
@@ -224,7 +226,7 @@ def gray_too(
 WEB = Recipe(
     'web-jpeg',
     (
-        Step('jpeg', p=0.45, quality=_FIRST, subsampling=BOTH, **_shifted(Between(0, 15))),
+        Step('jpeg', p=0.6, quality=_FIRST, subsampling=BOTH, **_shifted(Between(0, 15))),
         Step('jpeg', p=0.97, quality=_ANY, subsampling=BOTH, **_shifted(_SELDOM)),
     ),
     before=gray_too(0.15),
@@ -251,10 +253,105 @@ def log_mse(
     return (mse + floor).log().mean()
 
 # %% ../nbs/05_jpeg_restorer.ipynb #2ea79076
-class BlindRestorer(PhotoModel):
-    "An `ImageRestorer` beside a path that sees 7×7 blocks and guides it: 913,069 parameters."
+def _jumps(y):
+    "By how much the step to each column exceeds the mean slope on its two sides, (N, 1, H, W)."
+    width = y.shape[3]
+    a, b, c, d = (F.pad(y, (2, 1, 0, 0), mode='replicate')[..., i : i + width] for i in range(4))
+    return ((c - b) - ((b - a) + (d - c)) / 2).abs().clamp(max=0.1)  # edges of things jump more
 
-    margin = 40  # the restorer sees 8 pixels further, and its maps there up to four blocks
+
+def _columns_8_apart(jumps):
+    "The mean of 5 columns that are 8 apart, and 33 rows, relative to all columns around."
+    width = jumps.shape[3]
+    jumps = F.avg_pool2d(F.pad(jumps, (0, 0, 16, 16), mode='replicate'), (33, 1), 1)
+    jumps = F.pad(jumps, (20, 19, 0, 0), mode='replicate')
+    every_8th = sum(jumps[..., i : i + width] for i in (4, 12, 20, 28, 36)) / 5
+    all_ = F.avg_pool2d(jumps, (1, 40), 1)
+    return (every_8th - all_) / (all_ + 0.002)
+
+
+def grid_lines(
+    x: torch.Tensor,  # (N, C, H, W) in [0, 1]
+) -> torch.Tensor:  # (N, 2, H, W): upright and level lines, 0 for none, about 2 for JPEG 10
+    "Where lines lie that are 8 pixels apart, whatever the grid: what blocks leave behind."
+    y = x.mean(1, keepdim=True)
+    found = [_columns_8_apart(_jumps(y)), _columns_8_apart(_jumps(y.mT)).mT]
+    return torch.cat(found, 1).clamp(-2, 4)
+
+# %% ../nbs/05_jpeg_restorer.ipynb #ce4389ab
+def _waves():
+    "The waves of an 8×8 cosine transform, (63, 1, 8, 8), without the constant one."
+    k = torch.arange(8.0)
+    wave = torch.cos(torch.pi * (2 * k + 1) * k[:, None] / 16) / 2
+    wave[0] /= 2**0.5
+    return torch.einsum('ui,vj->uvij', wave, wave).reshape(64, 1, 8, 8)[1:]
+
+
+class DamageEstimator(nn.Module):
+    "How far a photo is from its original around here, from the strength of waves and lines."
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('waves', _waves(), persistent=False)
+        coarse = [i for i in range(63) if (i + 1) // 8 < 4 and (i + 1) % 8 < 4]
+        self.register_buffer('coarse', self.waves[coarse], persistent=False)
+        self.net = nn.Sequential(
+            *(nn.Conv2d(63 + 2 * 15 + 2 * 8, 96, 1), nn.PReLU()),
+            *(nn.Conv2d(96, 96, 3, padding=1), nn.PReLU()),
+            *(nn.Conv2d(96, 64, 3, padding=1), nn.PReLU()),
+            nn.Conv2d(64, 4, 1),
+        )
+
+    def strength(self, x, waves):
+        "The logarithm of the mean strength of waves around each 8×8 pixels."
+        found = F.conv2d(F.pad(x, (4, 4, 4, 4), mode='replicate'), waves, stride=4).abs()
+        found = F.avg_pool2d(F.pad(found, (2, 2, 2, 2), mode='replicate'), 6, 2)
+        found = found[..., : x.shape[2] // 8, : x.shape[3] // 8]
+        return ((found + 2e-4).log() + 5) / 2  # about -1 to 1
+
+    def phases(self, lines):
+        "The mean strength of upright lines in each column of the blocks, strongest first."
+        n, _, h, w = lines.shape
+        found = lines.view(n, h // 8, 8, w // 8, 8).mean(2).permute(0, 3, 1, 2)
+        found = F.avg_pool2d(F.pad(found, (2, 2, 2, 2), mode='replicate'), 5, 1)
+        return found.sort(1, descending=True)[0]
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, 3, H, W) in [0, 1], sides divisible by 8
+        lines: torch.Tensor,  # (N, 2, H, W), from `grid_lines`
+    ) -> torch.Tensor:  # (N, 4, H/8, W/8): the damage, as `damage` has it, and three more
+        "What a photo tells of its damage."
+        with torch.no_grad():  # nothing before the network learns
+            y = x.mean(1, keepdim=True)
+            seen = [self.strength(y, self.waves)]
+            seen += [self.strength(x[:, i : i + 1] - y, self.coarse) for i in (2, 0)]
+            seen += [self.phases(lines[:, :1]), self.phases(lines[:, 1:].mT).mT]
+        return self.net(torch.cat(seen, 1))
+
+
+def damage(
+    bad: torch.Tensor,  # (N, 3, H, W) in [0, 1], sides divisible by 8
+    good: torch.Tensor,  # the same
+) -> torch.Tensor:  # (N, 1, H/8, W/8): -1 for 39 dB, 0 for 30 dB, 1 for 22 dB, about
+    "The logarithm of the squared error in 33×33 pixels around each 8×8, scaled."
+    error = F.pad((bad - good).square().mean(1, keepdim=True), (16, 16, 16, 16), mode='replicate')
+    return F.avg_pool2d(((F.avg_pool2d(error, 33, 1) + 1e-5).log() + 7) / 2, 8)
+
+
+class LearnDamage(Callback):
+    "Let the estimator of a `BlindRestorer` learn to tell the damage, beside the loss."
+
+    def after_loss(self):
+        if self.training:
+            told, true = self.model.told[:, :1].float(), damage(self.xb[0], self.yb[0])
+            self.learn.loss_grad = self.loss_grad + 0.5 * F.smooth_l1_loss(told, true)
+
+# %% ../nbs/05_jpeg_restorer.ipynb #c3184c3a
+class BlindRestorer(PhotoModel):
+    "An `ImageRestorer` that is told about grids, damage and blocks around: 1,060,948 parameters."
+
+    margin = 80  # how far it sees
     multiple = 8  # whole blocks
     tile = 2048  # large, as its margin is
     piece = 256  # side of what is restored at a time: small enough for the processor's cache
@@ -267,39 +364,40 @@ class BlindRestorer(PhotoModel):
             *(nn.Conv2d(3 * 64, 128, 3, padding=1), nn.PReLU()),
             *(nn.Conv2d(128, 128, 3, padding=1), nn.PReLU()),
             *(nn.Conv2d(128, 128, 3, padding=1), nn.PReLU()),
-            nn.Conv2d(128, 9 * 64, 1),
+            nn.Conv2d(128, 8 * 64, 1),
             nn.PixelShuffle(8),
         )
+        self.estimator = DamageEstimator()
         self.body, self.last = restorer.body, restorer.last
-        self.body[0] = ConvUnit(3 + 8, 128)
+        self.body[0] = ConvUnit(3 + 8 + 2 + 4, 128)
 
     def start_from(
         self,
         restorer: ImageRestorer,  # trained
     ) -> 'BlindRestorer':  # this network, doing just what `restorer` does
-        "Take weights over; those for the maps become zero, and the strength one."
+        "Take weights over; those for all that guides it become zero."
         wider = self.body[0][0].weight.detach().clone().zero_()
         wider[:, :3] = restorer.body[0][0].weight.detach()
         weights = {**self.state_dict(), **restorer.state_dict(), 'body.0.0.weight': wider}
-        for name in ('look.7.weight', 'look.7.bias'):
-            weights[name][8 * 64 :] = 0
         self.load_state_dict(weights)
         return self
 
     def guided(
         self,
         x: torch.Tensor,  # (N, 3, H, W) in [0, 1], sides divisible by 8
-    ) -> torch.Tensor:  # (N, 12, H, W): the photo, eight maps, the strength
-        "The photo and what the second path has to say about it."
-        return torch.cat([x, self.look(x).to(x.dtype)], 1)
+    ) -> torch.Tensor:  # (N, 17, H, W): the photo, and all that guides the restorer
+        "What the restorer gets."
+        lines = grid_lines(x)
+        self.told = self.estimator(x, lines)
+        told = F.interpolate(self.told, scale_factor=8, mode='bilinear')
+        return torch.cat([x, self.look(x).to(x.dtype), lines, told.to(x.dtype)], 1)
 
     def restored(
         self,
-        guided: torch.Tensor,  # (N, 12, H, W)
+        guided: torch.Tensor,  # (N, 17, H, W)
     ) -> torch.Tensor:  # (N, 3, H, W)
         "The photo plus what the restorer adds."
-        x, maps, strength = guided.split([3, 8, 1], dim=1)
-        return x + (1 + strength) * self.last(self.body(torch.cat([x, maps], 1)))
+        return guided[:, :3] + self.last(self.body(guided))
 
     def forward(
         self,
@@ -314,12 +412,14 @@ class BlindRestorer(PhotoModel):
     ) -> torch.Tensor:  # (1, 3, H, W)
         "The same, faster and in less memory: look at the whole, then restore it in pieces."
         guided, better = self.guided(x), torch.empty_like(x)
-        reach = ImageRestorer.margin
-        for left, top, right, bottom in tile_boxes(*x.shape[:1:-1], self.piece, 0):
-            x0, y0 = max(left - reach, 0), max(top - reach, 0)
-            part = self.restored(guided[..., y0 : bottom + reach, x0 : right + reach])
-            part = part[..., top - y0 :, left - x0 :][..., : bottom - top, : right - left]
-            better[..., top:bottom, left:right] = part
+        piece, reach = self.piece, ImageRestorer.margin
+        for top in range(0, x.shape[2], piece):
+            for left in range(0, x.shape[3], piece):
+                bottom, right = top + piece, left + piece
+                x0, y0 = max(left - reach, 0), max(top - reach, 0)
+                part = self.restored(guided[..., y0 : bottom + reach, x0 : right + reach])
+                part = part[..., top - y0 :, left - x0 :][..., :piece, :piece]
+                better[..., top:bottom, left:right] = part
         return better
 
 # %% ../nbs/05_jpeg_restorer.ipynb #8d335c60
@@ -358,9 +458,11 @@ def _q10(before):
 _SMALLER = (Step('rescale', p=0.7, factor=OneOf(0.9, 0.75, 0.6, 0.45, 0.3)), *gray_too(0.25)[1:])
 _START = {**_q10(gray_too(0.1)), 'loss': summed_mse}
 
-# The published weights came about in steps, so their way differs a little: the fall over 24 epochs
-# was the start of one over 32; `jpeg-blind` started from `jpeg-q10` after its third round; its own
-# first round was the start of a fall over 28 epochs, with fewer double JPEGs
+# The published weights came about in steps, so their way differs a little. `jpeg-q10`: the fall
+# over 24 epochs was the start of one over 32. `jpeg-blind`: it started from `jpeg-q10` after its
+# third round; its first round was the start of a fall over 28 epochs; in the first two rounds it
+# had neither lines nor estimator, and fewer double JPEGs; before the last, the estimator learned
+# alone, from 2300 batches of 8 crops of 128 pixels
 PUBLISHED = {
     'jpeg-q10': {
         'task': 'jpeg10',
@@ -378,6 +480,7 @@ PUBLISHED = {
         'rounds': (
             {'recipe': WEB, 'loss': log_mse, **_crops(96, 4, 2), **_rate(7e-4, False, 8)},
             {'recipe': WEB, 'loss': log_mse, **_crops(96, 4, 2), **_rate(6e-4, True, 19)},
+            {'recipe': WEB, 'loss': log_mse, **_crops(96, 4, 2), **_rate(4e-4, True, 14)},
         ),
     },
 }
@@ -409,10 +512,11 @@ def train_published(
         learn = restorer_learner(dls, model, part['loss'])
         keep_going = KeepGoing(Path(checkpoint).with_suffix(f'.{i}.ckpt'))
         epochs, rates = part['epochs'], slice(part['lr'], part['lr'] / 2)
+        callbacks = [keep_going, LearnDamage()] if 'start' in plan else [keep_going]
         if part['falling']:
-            learn.fit_flat_cos(epochs, rates, pct_start=0.0, cbs=keep_going)
+            learn.fit_flat_cos(epochs, rates, pct_start=0.0, cbs=callbacks)
         else:
-            learn.fit(epochs, rates, cbs=keep_going)
+            learn.fit(epochs, rates, cbs=callbacks)
         names = ('loss', *(m.name for m in learn.metrics))
         history.append({'epochs': epochs, **dict(zip(names, map(float, learn.validate())))})
     return learn.model, history

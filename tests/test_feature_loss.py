@@ -98,7 +98,10 @@ def test_the_same_picture_costs_nothing(half):
     x = batch(2, 3, 64, 48)
     assert float(loss(x, x.clone())) == 0
     assert float(loss(x, batch(2, 3, 64, 48, seed=1))) > 0
-    assert set(loss.terms) == {'pixel', *(f'{k}_{i}' for k in ('features', 'gram') for i in range(4))}
+    assert set(loss.terms) == {
+        'pixel',
+        *(f'{k}_{i}' for k in ('features', 'gram') for i in range(4)),
+    }
 
 
 def test_gradients_reach_the_prediction_and_nothing_else():

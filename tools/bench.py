@@ -183,6 +183,7 @@ def speed_of_predict():
     ):
         plain, model = load_model(name).train(), load_model(name)  # plain: no layers merged
         bad, truth = TASKS[task].pair(good)
+        plain.piece = max(bad.size)  # what is restored at a time, where that is done in pieces
 
         @torch.inference_mode()
         def plainly(plain=plain, bad=bad):

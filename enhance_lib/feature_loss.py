@@ -165,6 +165,9 @@ class FeatureLoss(nn.Module):
             distances[f'features_{i}'] = F.l1_loss(found, right)
             if self.weights.get(f'gram_{i}'):
                 distances[f'gram_{i}'] = F.l1_loss(gram_matrix(found), gram_matrix(right))
+        beyond = [n for n, w in self.weights.items() if w and n not in distances]
+        if beyond:
+            raise PhotoError(f'The network gives {len(wanted)} layers, so there is no {beyond[0]}.')
         terms = {n: w * distances[n] for n, w in self.weights.items() if w}
         self.terms = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values())

@@ -381,6 +381,14 @@ def test_batches_that_can_not_be_compared(prediction, target, words):
         loss(prediction, target)
 
 
+@pytest.mark.parametrize('kind', ['features', 'gram'])
+def test_more_weights_than_layers(kind, two_layers):
+    weights = {'features': (), 'gram': (), kind: (0.0, 1.0, 1.0)}
+    loss = FeatureLoss(two_layers, **weights)
+    with pytest.raises(PhotoError, match=f'gives 2 layers.*{kind}_2'):
+        loss(colour(0.0, 0.0), colour(0.5, 0.25))
+
+
 def test_a_network_that_begins_may_be_far_off():
     loss = FeatureLoss(feature_extractor(weights='random'))
     good = batch(1, 3, 64, 64)

@@ -66,9 +66,11 @@ def nearest_names(
     name: str,  # what somebody wrote
     names,  # what there is
 ) -> str:  # a sentence to put into a message
-    "Names that look like `name`, and all there are."
+    "Names that look like `name`, and all there are, if these are not too many."
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f'Did you mean {" or ".join(close)}? ' if close else ''
+    if len(names) > 50:
+        return f'{hint}There are {len(names)}.'
     return f'{hint}There are: {", ".join(names)}.'
 
 # %% ../nbs/01_crappify.ipynb #86398bb5

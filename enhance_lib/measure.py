@@ -440,6 +440,7 @@ TASKS = {
         about='JPEG of quality 20 on the gray photo',
     ),
     'jpeg10': Recipe('jpeg10', (Step('jpeg', quality=10),), about='JPEG of quality 10'),
+    'gan': get_recipe('gan'),
 }
 
 # %% ../nbs/02_measure.ipynb #e9d5e5ce

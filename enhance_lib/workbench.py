@@ -267,7 +267,11 @@ def folder_dls(
         raise PhotoError(f"{len(lost)} photos have no bad version in '{bad}': {shown}")
 
     def make(name, rng):
-        return crop_pair(keep(stems[name.with_suffix('')]), keep(good / name), size, rng)
+        pair = keep(stems[name.with_suffix('')]), keep(good / name)
+        try:
+            return crop_pair(*pair, size, rng)
+        except PhotoError as e:  # which of many pairs was it?
+            raise PhotoError(f"'{good / name}': {e}") from e
 
     train = [n for n, held in zip(names, held_out) if not held]
     valid = [n for n, held in zip(names, held_out) if held]

@@ -750,7 +750,7 @@ def test_a_pair_that_does_not_fit_is_refused_when_its_turn_comes(tmp_path):
     with refused('7', '2'):
         list(folder_dls(good, bad, size=7, bs=1, device='cpu').train)
     Image.new('RGB', (13, 10)).save(bad / 'b.png')
-    with refused('13×10', '24×20'):
+    with refused(good / 'b.png', '13×10', '24×20'):
         list(folder_dls(good, bad, size=8, bs=1, device='cpu').train)
     (bad / 'b.png').write_bytes(b'')
     with refused(bad / 'b.png'):

@@ -122,6 +122,7 @@ class FeatureLoss(nn.Module):
         pixel: float = 1.0,  # weight of the pixels
         size: int | None = None,  # side in pixels to which photos are resized for the network
         divide: float = 1.0,  # features are divided by this
+        unit: bool = False,  # and at each place by their length, as `feature_distance` does
         half: bool = True,  # run the network in half precision, where the device is faster with it
     ):
         super().__init__()
@@ -129,7 +130,7 @@ class FeatureLoss(nn.Module):
         self.weights = {'pixel': pixel}
         self.weights |= {f'features_{i}': weight for i, weight in enumerate(features)}
         self.weights |= {f'gram_{i}': weight for i, weight in enumerate(gram)}
-        self.size, self.divide, self.half = size, divide, half
+        self.size, self.divide, self.unit, self.half = size, divide, unit, half
         self.terms = {}  # the parts of the last loss, weighted; fastai finds them as attributes
 
     def seen(
@@ -148,7 +149,8 @@ class FeatureLoss(nn.Module):
                 raise
             few = f'{x.shape[3]}×{x.shape[2]} pixels are too few for the network'
             raise PhotoError(f'{few}. Give larger crops, or a `size`.') from e
-        return [f.float() / self.divide for f in found]
+        found = [f.float() / self.divide for f in found]
+        return [F.normalize(f, dim=1) for f in found] if self.unit else found
 
     def forward(
         self,

@@ -79,6 +79,14 @@ def test_features_are_divided(two_layers):
     assert total == pytest.approx(0.5 / 5 + 0.25 / 25)
 
 
+def test_features_of_unit_length(two_layers):
+    "(1, .5) has the length √1.25; a photo half as bright has the same features then."
+    loss = FeatureLoss(two_layers, features=(1.0,), gram=(), pixel=0.0, unit=True)
+    total = float(loss(colour(0.0, 0.0), colour(0.5, 0.25)))
+    assert total == pytest.approx((1 + 0.5) / 1.25**0.5 / 2)
+    assert float(loss(colour(0.25, 0.125), colour(0.5, 0.25))) == pytest.approx(0, abs=1e-6)
+
+
 def test_photos_are_resized_for_the_network():
     seen = []
     net = known_net([[1.0, 0.0, 0.0]])

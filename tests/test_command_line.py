@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COMMANDS = ['enhance_resize', 'enhance_crappify']
+COMMANDS = ['enhance_resize', 'enhance_crappify', 'enhance_train']
 FLAGS = {
     'enhance_resize': ['path', 'resized-path', 'size', 'num-workers'],
     'enhance_crappify': [
@@ -23,6 +23,22 @@ FLAGS = {
         'good-path',
         'format',
         'num-workers',
+    ],
+    'enhance_train': [
+        'path',
+        'degraded-path',
+        'df',
+        'recipe',
+        'model-name',
+        'pretrained',
+        'loss',
+        'size',
+        'bs',
+        'frozen-epochs',
+        'unfrozen-epochs',
+        'num-workers',
+        'resume',
+        'out',
     ],
 }
 CALL = 'import sys; from enhance_lib.command_line import {0}; sys.exit({0}())'
@@ -165,7 +181,7 @@ def refused(name, *flags):
     return err
 
 
-@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('name', ['enhance_resize', 'enhance_crappify'])
 def test_missing_flags(name, photos):
     err = refused(name)
     assert f'--{FLAGS[name][0]}' in err and f'--{FLAGS[name][1]}' in err
@@ -247,3 +263,61 @@ def test_ctrl_c_says_one_line_and_the_next_run_finishes(tmp_path, n_workers, aft
     assert status == 0, err
     assert f'made {60 - len(done)}, there already {len(done)}' in out
     assert len(made(bad)) == 60 and not list(bad.glob('.*'))
+
+
+# Training
+
+
+SHORT = '--model_name test_resnet --pretrained no --loss mse --size 32 --bs 2'.split()
+SHORT += '--frozen_epochs 0 --num_workers 0'.split()
+
+
+def test_training_with_the_flags_of_image_2(tmp_path):
+    "As Image 2.0 spells them: a table, good photos, bad photos."
+    photos = make_photos(tmp_path / 'photos', 4)
+    run('enhance_crappify', '--path', photos, '--degraded-path', tmp_path / 'bad')
+    (tmp_path / 'fnames.csv').write_text(
+        'fnames,is_val\np0.png,False\np1.png,False\np2.png,True\np3.png,False\n'
+    )
+    out = tmp_path / 'mine'
+    status, shown, err = run(
+        'enhance_train',
+        *('--df', tmp_path / 'fnames.csv', '--path', photos, '--degraded_path', tmp_path / 'bad'),
+        *('--unfrozen_epochs', 1, '--out', out, *SHORT),
+    )
+    assert status == 0, err
+    assert f'{out}.safetensors: ' in shown and 'dB before' in shown and 'Epoch 1/1' in shown
+    assert sorted(p.name for p in tmp_path.glob('mine*')) == [
+        'mine.json',
+        'mine.pkl',
+        'mine.safetensors',
+    ]
+
+
+def test_training_that_can_not_begin(photos, tmp_path):
+    assert '--path must be given' in refused('enhance_train')
+    flags = ['--path', photos, '--out', tmp_path / 'mine']
+    for more, words in (
+        (['--size', 'large'], '--size large'),
+        (['--df', tmp_path / 'gone.csv'], 'gone.csv'),
+        (['--pretrained', tmp_path / 'gone.pth'], 'gone.pth'),
+    ):
+        assert words in refused('enhance_train', *flags, *SHORT, *more)
+    assert not list(tmp_path.glob('mine*'))
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='sends the signal of Ctrl-C as Unix does')
+def test_a_training_that_was_stopped_goes_on_with_resume(photos, tmp_path):
+    flags = ['--path', photos, '--out', tmp_path / 'mine', '--unfrozen_epochs', 400, *SHORT]
+    process = start('enhance_train', *flags)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob('mine.training/*.ckpt')):
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'Traceback' not in err
+    assert err.strip() == 'enhance_train: stopped. Run it again with --resume to go on.'
+    assert 'interrupted' in refused('enhance_train', *flags)
+    assert 'begun with bs 2, not 1' in refused('enhance_train', *flags, '--resume', '--bs', 1)
+    assert not list(tmp_path.glob('mine.s*'))

@@ -17,9 +17,11 @@ from enhance_lib.measure import (
     WEIGHTS,
     bench_pairs,
     board_row,
+    feature_distance,
     feature_net,
     luma_psnr,
     psnr,
+    ssim,
     unenhanced,
 )
 from enhance_lib.photos import Budget, PhotoError, find_photos, open_photo
@@ -28,7 +30,7 @@ from enhance_lib.workbench import save_weights
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
-LESSONS = ('srcnn', 'jpeg_restorer')  # modules with PUBLISHED and train_published
+LESSONS = ('srcnn', 'jpeg_restorer', 'unet')  # modules with PUBLISHED and train_published
 # Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
 PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
 
@@ -57,6 +59,8 @@ def scores_of(model):
     name, task, scale = model.card['name'], model.card['task'], model.scale
     if scale > 1:
         return scores_of_enlarging(model, scale)
+    if task == 'gan':
+        return scores_of_gan(model)
     scores = {}
     for where, folder in (('BSDS500 val', 'bsds500/val'), ('Classic5', 'bench/Classic5')):
         if not (SHARED / folder).is_dir():
@@ -91,10 +95,27 @@ def scores_of_enlarging(model, scale):
     return {'Set5': {**scored(model, pairs, measure), 'protocol': protocol}}
 
 
-def scored(model, pairs, measure):
+def scores_of_gan(model):
+    "The same for recipe gan, by all measures, with seed 0, so that it is the same each time."
+    folder = SHARED / 'bsds500' / 'val'
+    if not folder.is_dir():
+        return {}
+    paths, net = find_photos(folder), feature_net()
+    pairs = [TASKS['gan'].pair(open_photo(p, 'RGB'), 0, p.name, 256) for p in paths]
+    outputs = [model.predict(bad) for bad, _ in pairs]
+    score = scored(model, pairs, psnr, outputs)
+    for name, measure in (('SSIM', ssim), ('feature distance', partial(feature_distance, net=net))):
+        both = [[measure(p, good) for p in (bad, y)] for y, (bad, good) in zip(outputs, pairs)]
+        score[name] = [round(mean(values), 4) for values in zip(*both)]
+    protocol = 'RGB PSNR and SSIM (scikit-image) of 256×256 crops, recipe gan, seed 0'
+    return {'BSDS500 val': {**score, 'protocol': f'{protocol}; feature distance: SqueezeNet 1.1'}}
+
+
+def scored(model, pairs, measure, outputs=None):
     "In dB: mean of the input (enlarged by bicubic if smaller) and of the output; least gain."
     before = [measure(unenhanced(bad, good.size), good) for bad, good in pairs]
-    after = [measure(model.predict(bad), good) for bad, good in pairs]
+    outputs = outputs or [model.predict(bad) for bad, _ in pairs]
+    after = [measure(y, good) for y, (_, good) in zip(outputs, pairs)]
     return {
         'input': round(mean(before), 2),
         'output': round(mean(after), 2),
@@ -118,6 +139,7 @@ def train(name, module, folders, budget, home, out):
     card = save_weights(
         model,
         out / f'{name}.safetensors',
+        half=plan.get('half', False),
         task=task,
         recipe=recipe.about,
         budget=budget.name,

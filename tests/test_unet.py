@@ -1,0 +1,566 @@
+"""The U-Net: encoders of timm's, two groups, phases, training from disk and going on with it."""
+
+import json
+import warnings
+from functools import cache
+
+import numpy as np
+import pytest
+import timm
+import torch
+from beside import SHARED
+from fastai.callback.core import Callback
+from fastai.layers import NormType
+from fastai.learner import load_learner
+from fastai.optimizer import Adam
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+from torch.nn import functional as F
+
+import enhance_lib.unet as module
+from enhance_lib.crappify import RECIPES
+from enhance_lib.measure import TASKS, WEIGHTS, to_tensor
+from enhance_lib.photos import PhotoError, PhotoWarning, find_photos, open_photo, sample_photo
+from enhance_lib.unet import (
+    PUBLISHED,
+    Augment,
+    UNet,
+    encoder_layers,
+    export_unet,
+    fit_in_phases,
+    get_unet,
+    timm_network,
+    train_published,
+    train_unet,
+    two_groups,
+    unet_parameters,
+)
+from enhance_lib.workbench import load_model, recipe_dls, set_seed
+
+SMALL = {'model_name': 'test_resnet', 'pretrained': False}
+PLAIN = {'blur': False, 'self_attention': False}
+VAL = SHARED / 'data' / 'bsds500' / 'val'
+has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
+both = pytest.mark.parametrize('name', ['unet-mse', 'unet-feature'])
+
+
+def one_line(error):
+    "The words of an error, which must be one sentence or two, not a page."
+    words = str(error.value)
+    assert '\n' not in words and len(words) < 400
+    return words
+
+
+def pieces(n=4, side=72, seed=0):
+    "Pieces of photos."
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
+        left, top = (int(rng.integers(s - side)) for s in photo.size)
+        found.append(photo.crop((left, top, left + side, top + side)))
+    return found
+
+
+def small_dls(n=4, size=64, bs=2, recipe='gan', seed=0):
+    return recipe_dls(pieces(n, seed=seed), pieces(2, seed=1), recipe, size, bs, turn=False)
+
+
+@cache
+def the_model(name):
+    return load_model(name)
+
+
+# Encoders
+
+
+@pytest.mark.parametrize(
+    'name', ['resnet18', 'test_resnet', 'mobilenetv3_small_050', 'efficientnet_b0']
+)
+def test_the_layers_of_an_encoder_are_those_of_timm(name):
+    "Run one after another they give what timm itself gives as the last features."
+    torch.manual_seed(0)
+    network = timm_network(name, pretrained=False).eval()
+    told = timm.create_model(name, pretrained=False, features_only=True).eval()
+    lost = told.load_state_dict(network.state_dict(), strict=False)
+    assert not lost.missing_keys
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(nn.Sequential(*encoder_layers(network))(x), told(x)[-1])
+
+
+@pytest.mark.parametrize(
+    'name, millions',
+    [
+        ('resnet34', 41.2),
+        ('swsl_resnet18', 31.1),
+        ('resnet10t', 25),
+        ('regnetx_002', 11.2),
+        ('ecaresnet101d_pruned', 232),
+    ],
+)
+def test_parameters_are_counted_without_building(name, millions):
+    "fastai's own `DynamicUnet` on these has as many, without our one factor."
+    assert unet_parameters(name) / 1e6 == pytest.approx(millions, abs=0.5)
+
+
+def test_parameters_are_those_of_fastai():
+    "Of its U-Net on torchvision's ResNet-18, which has the same layers as timm's."
+    from fastai.vision.models.unet import DynamicUnet
+    from torchvision.models import resnet18
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        body = nn.Sequential(*[*resnet18().children()][:-2])
+        theirs = DynamicUnet(body, 3, (128, 128), norm_type=NormType.Weight)
+    lengths = 3  # of the last convolution, which has no weight norm here
+    assert unet_parameters('resnet18') == sum(p.numel() for p in theirs.parameters()) - lengths
+
+
+def test_an_unknown_encoder_suggests_the_nearest():
+    with pytest.raises(PhotoError, match="'resnet81'.*Did you mean .*resnet18") as error:
+        get_unet(small_dls(), 'resnet81')
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    'name', ['vit_tiny_patch16_224', 'densenet121', 'hrnet_w18', 'swin_tiny_patch4_window7_224']
+)
+def test_an_encoder_that_a_unet_can_not_be_built_on(name):
+    "Said before anything is trained or even built."
+    with pytest.raises(PhotoError, match=f'can not be built on {name}') as error:
+        get_unet(small_dls(), name, pretrained=False)
+    one_line(error)
+
+
+def test_pretrained_weights_from_a_file(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(7)
+    there = timm_network('test_resnet', pretrained=False)
+    save_file(there.state_dict(), tmp_path / 'encoder.safetensors')
+    learn = get_unet(small_dls(), 'test_resnet', tmp_path / 'encoder.safetensors', **PLAIN)
+    wanted = nn.Sequential(*encoder_layers(there)).state_dict()
+    told = learn.model.net.layers[0].state_dict()
+    assert all(torch.equal(told[k], v) for k, v in wanted.items()) and wanted
+
+
+def test_weights_that_can_not_be_had(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HOME', str(tmp_path))
+    (tmp_path / 'other.safetensors').write_bytes(b'nothing')
+    for pretrained in (True, tmp_path / 'other.safetensors'):
+        with pytest.raises(PhotoError, match='timm can not give test_resnet'):
+            get_unet(small_dls(), 'test_resnet', pretrained)
+    with pytest.raises(PhotoError, match='no file .*gone.safetensors'):
+        get_unet(small_dls(), 'test_resnet', tmp_path / 'gone.safetensors')
+
+
+def test_a_large_unet_warns_before_it_is_built(monkeypatch):
+    monkeypatch.setattr(module, 'LARGE', 1_000_000)
+    with pytest.warns(PhotoWarning, match='test_resnet has 3 million.*0.0 GB'):
+        get_unet(small_dls(), **SMALL, **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', PhotoWarning)
+        monkeypatch.setattr(module, 'LARGE', 3_000_000)
+        get_unet(small_dls(), **SMALL, **PLAIN)
+
+
+# The model
+
+
+@pytest.mark.parametrize('options', [{}, {'blur': True, 'self_attention': True}])
+@pytest.mark.parametrize('weight_norm', [True, False])
+def test_untrained_it_gives_the_photo_back(options, weight_norm):
+    model = UNet('test_resnet', weight_norm=weight_norm, **options)
+    x = torch.rand(2, 3, 64, 96)
+    assert torch.equal(model(x), x)
+    normed = [m for m in model.net.layers[4:].modules() if hasattr(m, 'weight_g')]
+    assert bool(normed) == weight_norm
+
+
+def test_options_change_the_network():
+    plain = unet_parameters('test_resnet')
+    assert unet_parameters('test_resnet', self_attention=True) > plain
+    assert unet_parameters('test_resnet', blur=True) == plain  # means have no parameters
+    assert any(isinstance(m, nn.AvgPool2d) for m in UNet('test_resnet', blur=True).net.modules())
+
+
+def trained_a_little(seed=0):
+    "A U-Net that does something, with random weights."
+    torch.manual_seed(seed)
+    model = UNet('test_resnet')
+    with torch.no_grad():
+        for p in model.net.layers[-2].parameters():  # the last convolution, zero until then
+            p.add_(0.05 * torch.randn(p.shape))
+    return model.eval()
+
+
+def test_colours_are_normalised_as_the_encoder_was_trained():
+    model = trained_a_little()
+    config = timm.data.resolve_model_data_config(timm.create_model('test_resnet'))
+    mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    x, seen = torch.rand(1, 3, 64, 64), []
+    model.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        y = model(x)
+    torch.testing.assert_close(seen[0], (x - mean) / std)
+    assert float((y - x).abs().mean()) > 0.001
+
+
+@both
+@pytest.mark.parametrize('mode, size', [('L', (1, 1)), ('LA', (70, 45)), ('RGBA', (33, 200))])
+def test_photos_of_any_size_and_mode_come_out_as_they_went_in(name, mode, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    photo = Image.fromarray(pixels).convert(mode)
+    better = the_model(name).predict(photo)
+    assert (better.mode, better.size) == (mode, size)
+    if mode.endswith('A'):
+        assert better.getchannel('A').tobytes() == photo.getchannel('A').tobytes()
+
+
+@both
+def test_half_precision_costs_next_to_nothing(name):
+    good = sample_photo('coffee').crop((100, 50, 292, 242))
+    bad = RECIPES['gan'](good, 0, 'coffee')
+    outputs = [np.asarray(the_model(name).predict(bad, fast=fast)) for fast in (True, False)]
+    a, b = (peak_signal_noise_ratio(np.asarray(good), output) for output in outputs)
+    assert a == pytest.approx(b, abs=0.05)
+
+
+# Learner and phases
+
+
+def test_encoder_and_rest_are_two_groups():
+    learn = get_unet(small_dls(), **SMALL)
+    encoder, rest = two_groups(learn.model)
+    assert {id(p) for p in encoder} == {id(p) for p in learn.model.net.layers[0].parameters()}
+    everything = [id(p) for p in learn.model.parameters()]
+    assert sorted(map(id, [*encoder, *rest])) == sorted(everything)
+
+
+def weights_of(model):
+    return {k: p.detach().clone() for k, p in model.named_parameters()}
+
+
+def test_a_frozen_encoder_stays_but_for_batch_norm():
+    learn = get_unet(small_dls(), **SMALL, **PLAIN, loss_func=F.l1_loss)
+    before = weights_of(learn.model)
+    with learn.no_bar(), learn.no_logging():
+        learn.freeze()
+        learn.fit(2, 0.01)
+    norms = {
+        f'net.layers.0.{name}.{kind}'
+        for name, layer in learn.model.net.layers[0].named_modules()
+        if isinstance(layer, nn.BatchNorm2d)
+        for kind in ('weight', 'bias')
+    }
+    for name, p in learn.model.named_parameters():
+        if name.startswith('net.layers.0.') and name not in norms:
+            assert torch.equal(p, before[name]), name
+    changed = [n for n, p in learn.model.named_parameters() if not torch.equal(p, before[n])]
+    assert any(name.startswith('net.layers.4') for name in changed)  # the first decoder step
+
+
+def test_what_is_frozen_again_stays():
+    "Momentum and weight decay of the phase before must not go on moving it."
+    learn = get_unet(small_dls(), **SMALL, **PLAIN)
+    with learn.no_bar(), learn.no_logging():
+        fit_in_phases(learn, 0, 1, rates=(0.1, 0.1))
+        before = weights_of(learn.model)
+        fit_in_phases(learn, 1, 0, frozen_rate=0.1)
+    kernels = [n for n, p in learn.model.named_parameters() if p.dim() == 4 and '.layers.0.' in n]
+    after = weights_of(learn.model)
+    assert len(kernels) > 5 and all(torch.equal(after[n], before[n]) for n in kernels)
+
+
+def test_the_rates_are_those_of_image_2():
+    "4e-4, then 1e-5 for the encoder and 1e-4 for the rest, in proportion to the batch of 32."
+    learn = get_unet(small_dls(bs=2), **SMALL)
+    asked = []
+    learn.fit_one_cycle = lambda epochs, rate, cbs: asked.append(
+        (epochs, rate, [p.requires_grad for p in two_groups(learn.model)[0]])
+    )
+    fit_in_phases(learn, 3, 5)
+    (frozen, rate, _), (unfrozen, rates, grads) = asked
+    assert (frozen, unfrozen) == (3, 5) and all(grads)
+    assert not all(asked[0][2])
+    assert rate == pytest.approx(4e-4 * 2 / 32)
+    assert [rates.start, rates.stop] == pytest.approx([1e-5 * 2 / 32, 1e-4 * 2 / 32])
+    asked.clear()
+    fit_in_phases(learn, 0, 1)
+    assert [row[0] for row in asked] == [1]
+
+
+def test_the_optimiser_is_that_of_image_2():
+    learn = get_unet(small_dls(), **SMALL)
+    learn.create_opt()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 1e-5)
+    assert set(learn.recorder.hps['mom']) == {0.9} and learn.opt.hypers[0]['wd'] == 0.1
+    assert 'grad_avg' in learn.opt.state[next(learn.model.parameters())]
+    other = get_unet(small_dls(), **SMALL, opt_func=Adam, wd=0.0)
+    with other.no_bar(), other.no_logging():
+        other.fit(1)
+    assert other.opt.hypers[0]['wd'] == 0.0 and 'sqr_mom' in other.opt.hypers[0]
+
+
+def test_a_pretrained_encoder_begins_frozen(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(timm_network('test_resnet', False).state_dict(), tmp_path / 'e.safetensors')
+    learn = get_unet(small_dls(), 'test_resnet', tmp_path / 'e.safetensors', **PLAIN)
+    assert not next(learn.model.net.layers[0].parameters()).requires_grad
+    assert next(get_unet(small_dls(), **SMALL).model.net.layers[0].parameters()).requires_grad
+
+
+def test_it_learns():
+    "A veil over the photos is lifted: the error is halved, at the least."
+    veil = [Image.blend(p, Image.new('RGB', p.size, 'white'), 0.4) for p in pieces(4)]
+    x, y = (torch.cat([to_tensor(p) for p in photos]) for photos in (veil, pieces(4)))
+    x, y = x[..., :64, :64], y[..., :64, :64]
+    set_seed(0)
+    model = UNet('test_resnet')
+    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(25):
+        loss = F.mse_loss(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_photos_that_would_have_to_be_enlarged():
+    with pytest.raises(PhotoError, match='32×32.*64×64.*does not enlarge'):
+        get_unet(small_dls(recipe=TASKS['x2']), **SMALL)
+
+
+def test_both_photos_of_a_pair_are_turned_alike():
+    learn = get_unet(small_dls(), **SMALL)
+    augment = Augment(degrees=30)
+    learn.add_cb(augment)
+    _, good = learn.dls.one_batch()
+    learn.xb, learn.yb, learn.training = (good,), (good,), True
+    augment('before_batch')
+    assert torch.equal(learn.xb[0], learn.yb[0]) and not torch.equal(learn.xb[0], good)
+    assert type(learn.xb[0]) is torch.Tensor and learn.xb[0].shape == good.shape
+    assert 0 <= float(learn.xb[0].min()) and float(learn.xb[0].max()) <= 1
+    learn.xb, learn.yb, learn.training = (good,), (good,), False
+    augment('before_batch')
+    assert learn.xb[0] is good
+
+
+# What is kept
+
+
+def test_what_is_kept_gives_the_same_photos(tmp_path):
+    learn = get_unet(small_dls(), **SMALL, **PLAIN)
+    learn.model.load_state_dict(trained_a_little().state_dict())
+    export_unet(learn, tmp_path / 'a.b', recipe='gan')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.b.json', 'a.b.pkl', 'a.b.safetensors']
+    photo = pieces(1)[0]
+    photo.save(tmp_path / 'photo.png')
+    with torch.inference_mode():
+        wanted = learn.model.eval().cpu()(to_tensor(photo))[0]
+    opened = load_learner(tmp_path / 'a.b.pkl')
+    with opened.no_bar():
+        levels, told, _ = opened.predict(tmp_path / 'photo.png')
+    assert levels.shape == wanted.shape and int(levels.max()) > 1  # to look at: 0 to 255
+    torch.testing.assert_close(told.as_subclass(torch.Tensor), wanted)
+    again = load_model(tmp_path / 'a.b.safetensors')
+    assert again.card['recipe'] == 'gan'
+    with torch.inference_mode():
+        torch.testing.assert_close(again(to_tensor(photo))[0], wanted)
+
+
+# Training from disk
+
+
+@pytest.fixture
+def folders(tmp_path):
+    "Ten good photos and bad ones, and the table that says which validate."
+    for i, photo in enumerate(pieces(10)):
+        for folder, kept in (('good', photo), ('bad', RECIPES['image2'](photo, i))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            kept.save(tmp_path / folder / f'{i}.png')
+    rows = '\n'.join(f'{i}.png,{i > 7}' for i in range(10))
+    (tmp_path / 'photos.csv').write_text(f'fnames,is_val\n{rows}\n')
+    return tmp_path
+
+
+QUICK = {**SMALL, 'loss': 'l1', 'sizes': (64,), 'bs': 4, 'frozen_epochs': 1, 'unfrozen_epochs': 1}
+
+
+def quick(*args, **options):
+    "Train for a second or so."
+    return train_unet(*args, **QUICK | options)
+
+
+def test_a_training_from_disk(folders):
+    bad, table = folders / 'bad', folders / 'photos.csv'
+    scores = quick(folders / 'good', folders / 'mine', bad, table, sizes=(72,), device='cpu')
+    found = [
+        peak_signal_noise_ratio(
+            *(np.asarray(Image.open(folders / side / f'{i}.png')) for side in ('good', 'bad'))
+        )
+        for i in (8, 9)
+    ]
+    assert scores['input'] == pytest.approx(np.mean(found), abs=0.01)
+    card = json.loads((folders / 'mine.json').read_text())
+    assert card['photos'] == 8 and card['recipe'] == 'pairs from disk' and card['loss'] == 'l1'
+    assert card['validation'] == pytest.approx(scores)
+    assert load_model(folders / 'mine.safetensors').predict(pieces(1)[0]).size == (72, 72)
+    assert not (folders / 'mine.training').exists()
+
+
+def test_a_training_by_a_recipe_with_a_table(folders):
+    quick(folders / 'good', folders / 'mine', table=folders / 'photos.csv', recipe='gan')
+    card = json.loads((folders / 'mine.json').read_text())
+    assert card['photos'] == 8 and card['recipe'] == 'gan'
+    quick(folders / 'good', folders / 'other')
+    assert json.loads((folders / 'other.json').read_text())['photos'] == 9
+
+
+class Stop(Callback):
+    "Ctrl-C in the n-th epoch."
+
+    order = 100
+
+    def __init__(self, n):
+        self.n = n
+
+    def after_epoch(self):
+        self.n -= 1
+        if not self.n:
+            raise KeyboardInterrupt
+
+
+def interrupted(monkeypatch, n, *args, **options):
+    "Start a training that is stopped after its n-th epoch."
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'get_unet', lambda *a, **k: get_unet(*a, **k, cbs=Stop(n)))
+        with pytest.raises(KeyboardInterrupt):
+            quick(*args, **options)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, n):
+    "And ends with the same weights: in the first phase, between the two, and in the second size."
+    plan = {'sizes': (64, 72), 'device': 'cpu'}
+    args = folders / 'good', folders / 'mine', folders / 'bad', folders / 'photos.csv'
+    quick(args[0], folders / 'whole', *args[2:], **plan)
+    interrupted(monkeypatch, n, *args, **plan)
+    assert not (folders / 'mine.safetensors').exists()
+    with pytest.raises(PhotoError, match='interrupted in .*resume') as error:
+        quick(*args, **plan)
+    one_line(error)
+    quick(*args, **plan, resume=True)
+    a, b = (load_model(folders / f'{name}.safetensors') for name in ('whole', 'mine'))
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_a_training_goes_on_only_as_it_was_begun(folders, monkeypatch):
+    args = folders / 'good', folders / 'mine', folders / 'bad'
+    interrupted(monkeypatch, 1, *args)
+    with pytest.raises(PhotoError, match='begun with bs 4, not 2'):
+        quick(*args, resume=True, **{'bs': 2})
+    (folders / 'mine.training' / 'plan.json').write_text('{')
+    with pytest.raises(PhotoError, match='plan.json'):
+        quick(*args, resume=True)
+
+
+def test_what_is_there_is_not_overwritten(folders):
+    (folders / 'mine.safetensors').write_bytes(b'precious')
+    with pytest.raises(PhotoError, match='already'):
+        quick(folders / 'good', folders / 'mine')
+    assert (folders / 'mine.safetensors').read_bytes() == b'precious'
+
+
+def test_resume_without_a_beginning_begins(folders):
+    quick(folders / 'good', folders / 'mine', resume=True)
+    assert (folders / 'mine.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'loss': 'msee'}, "no loss 'msee'.*mse"),
+        ({'model_name': 'test_resnt'}, 'Did you mean test_resnet'),
+        ({'model_name': 'vit_tiny_patch16_224'}, 'can not be built'),
+        ({'recipe': 'gann'}, 'Did you mean gan'),
+        ({'sizes': (100,)}, '72×72 is smaller'),
+        ({'table': 'no_column.csv'}, 'no column is_val'),
+        ({'table': 'missing.csv'}, r'12 photos of .* are not in .*: 10.png, .*19.png, …'),
+        ({'table': 'no_valid.csv'}, 'no photo to validate with'),
+        ({'table': 'nowhere.csv'}, 'nowhere.csv'),
+        ({'bad': 'odd'}, r'good/3.png.*Bad is 50×50 and good 72×72'),
+        ({'bad': 'good/empty'}, 'empty'),
+    ],
+)
+def test_what_can_not_be_trained_says_so(folders, change, words):
+    (folders / 'no_column.csv').write_text('fnames\n1.png\n')
+    rows = '\n'.join(f'{i}.png,{i % 2}' for i in range(22))
+    (folders / 'missing.csv').write_text(f'fnames,is_val\n{rows}\n')
+    (folders / 'no_valid.csv').write_text('fnames,is_val\n1.png,False\n2.png,False\n')
+    (folders / 'odd').mkdir()
+    for path in (folders / 'bad').iterdir():
+        size = (50, 50) if path.stem == '3' else (72, 72)
+        Image.open(path).resize(size).save(folders / 'odd' / path.name)
+    change = {k: folders / v if k in ('table', 'bad') else v for k, v in change.items()}
+    with pytest.raises(PhotoError, match=words):
+        quick(folders / 'good', folders / 'mine', **change)
+    assert not [*folders.glob('mine.*s*')]  # neither weights nor a learner
+
+
+# What is published
+
+
+def test_an_unknown_published_model():
+    with pytest.raises(PhotoError, match="'unet'.*unet-mse"):
+        train_published('unet', [], 'x', None)
+
+
+@both
+def test_published_weights_are_small(name):
+    "At most 8 MB, in half precision."
+    assert (WEIGHTS / f'{name}.safetensors').stat().st_size <= 8_000_000
+    assert the_model(name).card['task'] == PUBLISHED[name]['task'] == 'gan'
+
+
+def on_val(name):
+    "What the card says of BSDS500 val; `make bench` measures it anew."
+    return the_model(name).card['scores']['BSDS500 val']
+
+
+def test_unet_mse_reaches_its_goals():
+    score = on_val('unet-mse')
+    assert score['output'] - score['input'] >= 1.2
+    assert score['SSIM'][1] - score['SSIM'][0] >= 0.02
+
+
+def test_unet_feature_reaches_its_goals():
+    score, mse = on_val('unet-feature'), on_val('unet-mse')
+    before, after = score['feature distance']
+    assert after <= 0.75 * before and after <= 0.75 * mse['feature distance'][1]
+    assert score['output'] >= score['input']
+
+
+@has_val
+@both
+def test_the_card_is_right(name):
+    "Every tenth photo gains about as much as the card says of all, by scikit-image."
+    gains = []
+    for path in find_photos(VAL)[::10]:
+        bad, good = RECIPES['gan'].pair(open_photo(path), 0, path.name, 256)
+        better = the_model(name).predict(bad)
+        a, b = (peak_signal_noise_ratio(np.asarray(good), np.asarray(p)) for p in (bad, better))
+        gains.append(b - a)
+    said = on_val(name)
+    assert np.mean(gains) == pytest.approx(said['output'] - said['input'], abs=0.8)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .crappify import Recipe, get_recipe, nearest_names
 from .feature_loss import PRESETS, FeatureLoss, feature_extractor, feature_loss
-from .jpeg_restorer import BatchPSNR, root_mse
+from .jpeg_restorer import BatchPSNR, kernels_apart, muon, root_mse
 from enhance_lib.photos import (
     Budget,
     PhotoError,
@@ -377,9 +377,7 @@ def _crops(size, bs, per_photo):
 
 
 _GAN = get_recipe('gan')
-# Options of `FeatureLoss`: features ten times as strong as by default and pixels a third; and
-# then seven layers, all as strong. (The first round was the first of three epochs of one cycle.)
-_STRONG = {'pixel': 0.3, 'features': (0.05, 0.02, 0.02, 0.16), 'gram': (0.01, 0.01, 0.03, 3.0)}
+# Options of `FeatureLoss`: seven layers of unit length, all as strong
 _UNIT = {'layers': (1, 4, 7, 9, 10, 11, 12), 'unit': True, 'features': 7 * (3.0,)}
 _UNIT |= {'pixel': 0.3, 'gram': ()}
 _TEXT = Recipe('text', tuple(step for step in _GAN.steps if step.op == 'text'), about='text')
@@ -389,9 +387,9 @@ PUBLISHED = {
         'task': 'gan',
         'half': True,
         'rounds': (
-            {'recipe': _TEXT, **_crops(128, 16, 2), 'epochs': 3, 'lr': 2e-3},
-            {'recipe': _GAN, **_crops(128, 16, 2), 'epochs': 8, 'lr': 1.5e-3},
-            {'recipe': _GAN, **_crops(256, 4, 1), 'epochs': 5, 'lr': 1e-3},
+            {'recipe': _TEXT, **_crops(128, 8, 2), 'epochs': 3, 'lr': 3e-3},
+            {'recipe': _GAN, **_crops(128, 8, 2), 'epochs': 10, 'lr': 3e-3},
+            {'recipe': _GAN, **_crops(256, 4, 1), 'epochs': 8, 'lr': 3e-3},
         ),
     },
     'unet-feature': {
@@ -399,8 +397,7 @@ PUBLISHED = {
         'half': True,
         'start': 'unet-mse',  # the weights to start from
         'rounds': (
-            {'recipe': _GAN, 'loss': _STRONG, **_crops(256, 4, 1), 'epochs': 1, 'lr': 1e-3},
-            {'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 5, 'lr': 8e-4},
+            {'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 6, 'lr': 2e-3},
         ),
     },
 }
@@ -435,9 +432,11 @@ def train_published(
         crops = {k: part[k] for k in ('size', 'bs', 'per_photo')}
         options = {'valid_size': 256, 'turn': False, 'cache': 5000}  # MB
         dls = recipe_dls(train, valid, part['recipe'], **crops, **options)
-        learn = _learner(dls, model, _loss_of(part), half=True, wd=0.0)
+        options = {'opt_func': muon, 'splitter': kernels_apart, 'wd': 0.0}
+        learn = _learner(dls, model, _loss_of(part), half=True, **options)
         keep_going = KeepGoing(Path(checkpoint).with_suffix(f'.{i}.ckpt'))
-        learn.fit_one_cycle(part['epochs'], part['lr'], pct_start=0.1, div=10.0, cbs=keep_going)
+        rates = slice(part['lr'] / 10, part['lr'])
+        learn.fit_flat_cos(part['epochs'], rates, pct_start=0.3, cbs=keep_going)
         names = ('loss', *(m.name for m in learn.metrics))
         scores = dict(zip(names, map(float, learn.validate())))
         history.append({'epochs': part['epochs'], **scores})

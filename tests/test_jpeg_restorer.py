@@ -33,8 +33,10 @@ from enhance_lib.jpeg_restorer import (
     grid_lines,
     grid_of,
     jpeg_recipe,
+    kernels_apart,
     last_apart,
     log_mse,
+    muon,
     psnr_b,
     restorer_learner,
     root_mse,
@@ -602,6 +604,41 @@ def test_two_rates_are_trained_with():
     for old, new, rate in zip(before, last_apart(net), (1e-3, 1e-5)):
         moved = max(float((a - b.detach()).abs().max()) for a, b in zip(old, new))
         assert moved == pytest.approx(rate, rel=0.01)
+
+
+def test_muon_gets_kernels_and_adam_the_rest():
+    "Together both groups are all parameters, each of them once."
+    net = nn.utils.weight_norm(nn.Conv2d(4, 4, 3))  # with a length, (4, 1, 1, 1), for each kernel
+    net = nn.Sequential(net, nn.BatchNorm2d(4), nn.PReLU(), nn.Conv2d(4, 2, 1))
+    net.last = nn.Conv2d(2, 3, 5)
+    adam, kernels = kernels_apart(net)
+    assert adam['use_fallback'] and 'use_fallback' not in kernels
+    assert [tuple(p.shape) for p in kernels['params']] == [(4, 4, 3, 3), (2, 4, 1, 1)]
+    together = [id(p) for group in (adam, kernels) for p in group['params']]
+    assert sorted(together) == sorted(id(p) for p in net.parameters())
+
+
+def test_a_step_of_muon_is_about_as_long_in_all_directions():
+    "A matrix of m×n moves by .2 √max(m, n) times the rate; only faint directions by less."
+    net = ImageRestorer()
+    before = [p.detach().clone() for p in net.parameters()]
+    learn = restorer_learner(small_dls(n=4), net, half=False)
+    learn.opt_func, learn.splitter = muon, kernels_apart
+    quietly(learn, 1, slice(1e-4, 1e-3))
+    assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3])
+    kernels = {id(p) for p in kernels_apart(net)[1]['params']}
+    for p, old in zip(net.parameters(), before):
+        moved = p.detach() - old
+        if id(p) not in kernels:
+            # Nesterov's momentum: the first step is .9 + 1 times the rate
+            assert float(moved.abs().max()) == pytest.approx(1.9e-4, rel=0.01)
+            continue
+        gradient = learn.opt.opt.state[p]['momentum_buffer'].flatten(1)  # of the one step
+        step = moved.flatten(1) / 1e-3
+        lengths = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+        assert 0.8 < float(lengths.max()) < 1.25
+        strong = torch.linalg.svdvals(gradient) / torch.linalg.norm(gradient) > 0.02
+        assert strong.any() and float(lengths[: int(strong.sum())].min()) > 0.6
 
 
 def test_an_epoch_of_the_learner_is_that_of_a_loop_by_hand():

@@ -49,9 +49,10 @@ def feature_extractor(
         for i in layers:
             if not isinstance(found[i], nn.ReLU):
                 kind = type(found[i]).__name__
+                relus = [k for k, layer in enumerate(found) if isinstance(layer, nn.ReLU)]
                 raise PhotoError(
                     f'Layer {i} of {network} is a {kind}, not an activation, so there is no '
-                    'before. Give the numbers of its ReLU layers.'
+                    f'before. Its ReLU layers are {relus}.'
                 )
         layers = tuple(i - 1 for i in layers)
     return FeatureNet(found, layers)

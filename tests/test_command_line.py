@@ -286,6 +286,7 @@ def test_training_with_the_flags_of_image_2(tmp_path):
         *('--unfrozen_epochs', 1, '--out', out, *SHORT),
     )
     assert status == 0, err
+    assert shown.startswith('A U-Net on test_resnet: 2.9 million parameters\n')
     assert f'{out}.safetensors: ' in shown and 'dB before' in shown and 'Epoch 1/1' in shown
     assert sorted(p.name for p in tmp_path.glob('mine*')) == [
         'mine.json',

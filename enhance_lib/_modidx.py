@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'enhance_lib/jpeg_restorer.py'),
                                            'enhance_lib.jpeg_restorer._possible': ( 'jpeg_restorer.html#_possible',
                                                                                     'enhance_lib/jpeg_restorer.py'),
+                                           'enhance_lib.jpeg_restorer._q10': ('jpeg_restorer.html#_q10', 'enhance_lib/jpeg_restorer.py'),
                                            'enhance_lib.jpeg_restorer._rate': ('jpeg_restorer.html#_rate', 'enhance_lib/jpeg_restorer.py'),
                                            'enhance_lib.jpeg_restorer._running_mean': ( 'jpeg_restorer.html#_running_mean',
                                                                                         'enhance_lib/jpeg_restorer.py'),

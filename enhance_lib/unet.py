@@ -396,9 +396,7 @@ PUBLISHED = {
         'task': 'gan',
         'half': True,
         'start': 'unet-mse',  # the weights to start from
-        'rounds': (
-            {'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 6, 'lr': 2e-3},
-        ),
+        'rounds': ({'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 6, 'lr': 2e-3},),
     },
 }
 

@@ -123,7 +123,7 @@ class FeatureLoss(nn.Module):
         pixel: float = 1.0,  # weight of the pixels
         size: int | None = None,  # side in pixels to which photos are resized for the network
         divide: float = 1.0,  # features are divided by this
-        unit: bool = False,  # and at each place by their length, as `feature_distance` does
+        unit: bool = False,  # compare them as `feature_distance` does: of unit length, squared
         half: bool = True,  # run the network in half precision, where the device is faster with it
     ):
         super().__init__()
@@ -151,7 +151,7 @@ class FeatureLoss(nn.Module):
             few = f'{x.shape[3]}×{x.shape[2]} pixels are too few for the network'
             raise PhotoError(f'{few}. Give larger crops, or a `size`.') from e
         found = [f.float() / self.divide for f in found]
-        return [F.normalize(f, dim=1) for f in found] if self.unit else found
+        return [F.normalize(f, dim=1, eps=1e-5) for f in found] if self.unit else found
 
     def forward(
         self,
@@ -165,7 +165,8 @@ class FeatureLoss(nn.Module):
             wanted = self.seen(target)
         distances = {'pixel': F.l1_loss(prediction.float(), target.float())}
         for i, (found, right) in enumerate(zip(self.seen(prediction), wanted, strict=True)):
-            distances[f'features_{i}'] = F.l1_loss(found, right)
+            squared = (found - right).square().sum(1).mean() if self.unit else None
+            distances[f'features_{i}'] = squared if self.unit else F.l1_loss(found, right)
             if self.weights.get(f'gram_{i}'):
                 distances[f'gram_{i}'] = F.l1_loss(gram_matrix(found), gram_matrix(right))
         beyond = [n for n, w in self.weights.items() if w and n not in distances]

@@ -377,8 +377,8 @@ def _crops(size, bs, per_photo):
 
 
 _GAN = get_recipe('gan')
-# Options of `FeatureLoss`: seven layers of unit length, all as strong
-_UNIT = {'layers': (1, 4, 7, 9, 10, 11, 12), 'unit': True, 'features': 7 * (3.0,)}
+# Options of `FeatureLoss`: the feature distance, and a little of the pixels
+_UNIT = {'layers': (1, 4, 7, 9, 10, 11, 12), 'unit': True, 'features': 7 * (1 / 7,)}
 _UNIT |= {'pixel': 0.3, 'gram': ()}
 _TEXT = Recipe('text', tuple(step for step in _GAN.steps if step.op == 'text'), about='text')
 

@@ -414,7 +414,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 1¼ hours or half an hour on one CPU core with bfloat16
+    budget: Budget,  # full takes 20 to 35 minutes on two CPU cores with bfloat16
 ) -> tuple[UNet, list[dict]]:  # the model, and by round: epochs, loss, and dB in and out
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
     if name not in PUBLISHED:

@@ -129,10 +129,8 @@ def enhance_train(
         sizes = tuple(int(part) for part in size.split(','))
     except ValueError:
         raise PhotoError(f'--size {size}: give pixels, 256 for instance, or 128,256.') from None
-    from enhance_lib.unet import train_unet, unet_parameters
+    from enhance_lib.unet import train_unet
 
-    n = unet_parameters(model_name, blur=True, self_attention=True)
-    sys.stdout.write(f'A U-Net on {model_name}: {n / 1e6:.1f} million parameters\n')
     try:
         scores = train_unet(
             *(path, out, degraded_path, df, recipe, model_name),

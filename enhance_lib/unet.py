@@ -344,7 +344,7 @@ def train_unet(
     if bad is not None:
         learn.add_cb(Augment())
     n = sum(p.numel() for p in learn.model.parameters())
-    print(f'A U-Net on {model_name}: {n / 1e6:.1f} million parameters', flush=True)
+    learn.logger(f'A U-Net on {model_name}: {n / 1e6:.1f} million parameters')
     with write_atomically(home / 'plan.json') as temporary:
         temporary.write_text(json.dumps(plan), encoding='utf-8')
     for size, dls in zip(sizes, loaders):

@@ -154,11 +154,14 @@ def ssim(
         )
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    with torch.autocast(a.device.type, enabled=False):  # half precision is too coarse for it
+    # the variance of a plain area is a small difference of large numbers: single precision gives
+    # .997 for two that are the same gray. Apple's GPUs have no double
+    exact = torch.float32 if a.device.type == 'mps' else torch.float64
+    with torch.autocast(a.device.type, enabled=False):
         _, full = structural_similarity_index_measure(
-            a, b, data_range=1.0, reduction='none', return_full_image=True
+            a.to(exact), b.to(exact), data_range=1.0, reduction='none', return_full_image=True
         )
-    return full[..., 5:-5, 5:-5].mean((1, 2, 3))
+    return full[..., 5:-5, 5:-5].mean((1, 2, 3)).float()
 
 # %% ../nbs/02_measure.ipynb #8ec9ce04
 _YCBCR = np.array(  # BT.601 in studio range: Y, Cb and Cr from R, G and B in [0, 1]

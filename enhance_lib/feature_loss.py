@@ -165,8 +165,9 @@ class FeatureLoss(nn.Module):
             wanted = self.seen(target)
         distances = {'pixel': F.l1_loss(prediction.float(), target.float())}
         for i, (found, right) in enumerate(zip(self.seen(prediction), wanted, strict=True)):
-            squared = (found - right).square().sum(1).mean() if self.unit else None
-            distances[f'features_{i}'] = squared if self.unit else F.l1_loss(found, right)
+            off = found - right
+            distance = off.square().sum(1) if self.unit else off.abs()
+            distances[f'features_{i}'] = distance.mean()
             if self.weights.get(f'gram_{i}'):
                 distances[f'gram_{i}'] = F.l1_loss(gram_matrix(found), gram_matrix(right))
         beyond = [n for n, w in self.weights.items() if w and n not in distances]

@@ -46,8 +46,9 @@ test: $(READY)  ## everything that CI runs
 	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx tests
 
 weights: BUDGET = full
+weights: WORKERS = 0
 weights: $(READY)  ## train the published weights again: make weights PHOTOS='folder another' MODELS=srcnn-x2
-	@$(BIN)/python tools/weights.py --budget $(BUDGET) --models $(MODELS) --photos $(PHOTOS)
+	@$(BIN)/python tools/weights.py --budget $(BUDGET) --models $(MODELS) --photos $(PHOTOS) --workers $(WORKERS)
 
 bench: $(READY)  ## measure speed and quality side by side
 	@$(BIN)/python tools/bench.py

@@ -6,7 +6,8 @@
 __all__ = ['OPERATIONS', 'KERNELS', 'RECIPES', 'SLIDERS', 'operation', 'nearest_names', 'resize', 'down_and_up', 'shrink', 'jpeg',
            'blur', 'noise', 'dither', 'brightness', 'contrast', 'color', 'text', 'gray', 'rotate', 'rescale', 'trim',
            'crop', 'Between', 'OneOf', 'drawn', 'Step', 'dice', 'apply_steps', 'Recipe', 'get_recipe', 'Degrader',
-           'FolderReport', 'run_folder', 'crappify_folder', 'resize_folder', 'CrappifyPair', 'CrappifyWidget']
+           'FolderReport', 'run_folder', 'check_folders', 'output_names', 'crappify_folder', 'resize_folder',
+           'CrappifyPair', 'CrappifyWidget']
 
 # %% ../nbs/01_crappify.ipynb #f684e8a9
 import base64
@@ -772,8 +773,11 @@ def run_folder(
     return FolderReport(len(todo) - len(failed), len(done), failed)
 
 # %% ../nbs/01_crappify.ipynb #7e1b672a
-def _beside(path, *others):
-    "Check that the output folders are neither the input folder nor inside it, nor the same."
+def check_folders(
+    path: str | Path,  # the input folder
+    *others: str | Path | None,  # the output folders
+):
+    "Raise `PhotoError` if an output folder is the input folder, or inside it, or there twice."
     folders = [Path(path).resolve(), *(Path(o).resolve() for o in others if o)]
     for i, inner in enumerate(folders):
         for outer in folders[:i]:
@@ -786,8 +790,11 @@ def _beside(path, *others):
             raise PhotoError(f"'{other}' is a file, not a folder.")
 
 # %% ../nbs/01_crappify.ipynb #354285bc
-def _targets(path, format=None):
-    "What each photo of a folder is called in the output folder: {name: path}."
+def output_names(
+    path: str | Path,  # a folder of photos, in subfolders too
+    format: str | None = None,  # save all as 'png', 'jpg', …; by default as the photo was
+) -> dict[str, Path]:  # name in the output folder -> path of the photo
+    "What each photo of a folder will be called. Raises `PhotoError`, as `find_photos` does."
     photos = {p.relative_to(path).as_posix(): p for p in find_photos(path)}
     if not format:
         return photos
@@ -833,8 +840,8 @@ def crappify_folder(
             f"Recipe '{recipe.name}'{f' with size {size}' if size else ''} changes the good photos "
             'too: say in good_path where they go.'
         )
-    _beside(path, degraded_path, good_path)
-    sources = _targets(path, format)
+    check_folders(path, degraded_path, good_path)
+    sources = output_names(path, format)
     names = {target: p.relative_to(path).as_posix() for target, p in sources.items()}
     return run_folder(
         _crappify_one,
@@ -865,11 +872,11 @@ def resize_folder(
     "Resize a folder of photos, keeping their proportions. Raises `PhotoError`."
     if size < 1:
         raise PhotoError(f'A size of {size} pixels is not possible: 1 or more.')
-    _beside(path, resized_path)
+    check_folders(path, resized_path)
     job = {'size': size}
     return run_folder(
         _resize_one,
-        _targets(path),
+        output_names(path),
         [Path(resized_path)],
         'resize.csv',
         lambda name: job,

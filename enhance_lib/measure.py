@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS', 'WEIGHTS', 'COLUMNS', 'to_tensor', 'to_photo', 'check_batches', 'mse', 'psnr', 'ssim', 'rgb_to_ycbcr',
            'ycbcr_to_rgb', 'luma', 'luma_psnr', 'shaved', 'bench_pairs', 'mean_luma_psnr', 'FeatureNet', 'feature_net',
-           'load_pretrained', 'measuring_net', 'feature_distance', 'lpips', 'radial_spectrum', 'board_pairs',
-           'unenhanced', 'board_row', 'read_card', 'scoreboard', 'plot_scoreboard']
+           'load_pretrained', 'measuring_net', 'feature_distance', 'lpips', 'radial_spectrum', 'fine_detail',
+           'board_pairs', 'unenhanced', 'board_row', 'read_card', 'scoreboard', 'plot_scoreboard']
 
 # %% ../nbs/02_measure.ipynb #8bf15832
 import json
@@ -424,6 +424,19 @@ def radial_spectrum(
     total = np.bincount(ring[inside], power[inside], rings)
     count = np.bincount(ring[inside], minlength=rings)
     return (np.arange(rings) + 0.5) / (2 * rings), 10 * np.log10(total / count + 1e-12)
+
+# %% ../nbs/02_measure.ipynb #5d1c0a02
+def fine_detail(
+    prediction: Image.Image,  # sides of 32 pixels or more
+    target: Image.Image,  # of the same size
+) -> float:  # dB: 0 for the same strength, below for less detail, above for more
+    "How the top octave of the spectrum differs, mean over its rings. Raises `PhotoError`."
+    _pair(prediction, target)  # says what does not fit together
+    rings = min(64, min(target.size) // 2)
+    if rings < 16:
+        raise PhotoError(f'Spectra need 32×32 pixels; {target.width}×{target.height} is less.')
+    differs = np.subtract(*(radial_spectrum(p, rings)[1] for p in (prediction, target)))
+    return float(differs[rings // 2 :].mean())
 
 # %% ../nbs/02_measure.ipynb #b29d5cc9
 TASKS = {

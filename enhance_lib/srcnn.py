@@ -252,6 +252,7 @@ def train_published(
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # file to go on from, if the training was killed; one more for a round
     budget: Budget,  # full takes 15 to 30 minutes on one CPU core with bfloat16 and 600 photos
+    n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[SRCNN, list[dict]]:  # the model and the history of its training, as `fit` gives it
     "Train one of the published models. Raises `PhotoError`, as `fit` and `recipe_dls` do."
     if name not in PUBLISHED:
@@ -263,10 +264,8 @@ def train_published(
     set_seed(0)
     valid = sorted(set(photos))[::20]
     train = [p for p in photos if p not in valid]
-    crops = budget(1, 20, 100)
-    dls = recipe_dls(
-        train, valid, recipe, size=36, valid_size=144, bs=16, per_photo=crops, once=True
-    )
+    crops = {'size': 36, 'valid_size': 144, 'bs': 16, 'per_photo': budget(1, 20, 100)}
+    dls = recipe_dls(train, valid, recipe, **crops, once=True, n_workers=n_workers)
     model, history = SRCNN(plan['scale'], residual=True), []
     for i, (epochs, lr) in enumerate(budget(((1, 4e-3),), ((5, 4e-3),), plan['rounds'])):
         path = Path(checkpoint).with_suffix(f'.{i}.ckpt')

@@ -29,11 +29,11 @@ from enhance_lib.photos import (
     write_atomically,
 )
 from enhance_lib.workbench import (
-    AutocastCPU,
     DataLoaders,
     KeepGoing,
     PhotoModel,
     folder_dls,
+    half_precision,
     load_model,
     recipe_dls,
     save_weights,
@@ -203,12 +203,9 @@ def get_unet(
 
 def _learner(dls, model, loss_func, half, **options):
     "A `Learner` that shows the PSNR of input and output."
-    model.to(memory_format=torch.channels_last)
     metrics = [BatchPSNR('input', 'x'), BatchPSNR('output')]
     learn = Learner(dls, model, loss_func, metrics=metrics, **options)
-    if half:
-        learn = learn.to_fp16() if dls.device.type == 'cuda' else learn.add_cb(AutocastCPU())
-    return learn
+    return half_precision(learn) if half else learn
 
 # %% ../nbs/07_unet.ipynb #a529f8d2
 def fit_in_phases(
@@ -398,7 +395,11 @@ PUBLISHED = {
         'task': 'gan',
         'half': True,
         'start': 'unet-mse',  # the weights to start from
-        'rounds': ({'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 6, 'lr': 2e-3},),
+        'rounds': (
+            {'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 6, 'lr': 2e-3},
+            {'recipe': _GAN, 'loss': _UNIT, **_crops(192, 4, 2), 'epochs': 10, 'lr': 3e-3},
+            {'recipe': _GAN, 'loss': _UNIT, **_crops(256, 4, 1), 'epochs': 20, 'lr': 2e-3},
+        ),
     },
 }
 
@@ -416,7 +417,8 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 20 to 35 minutes on two CPU cores with bfloat16
+    budget: Budget,  # full takes 30 to 100 minutes on two CPU cores with bfloat16
+    n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[UNet, list[dict]]:  # the model, and by round: epochs, loss, and dB in and out
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
     if name not in PUBLISHED:
@@ -430,7 +432,7 @@ def train_published(
     short = ({**plan['rounds'][-1], **_crops(64, 8, 1), 'epochs': budget(1, 2, 2)},)
     for i, part in enumerate(budget(short, short, plan['rounds'])):
         crops = {k: part[k] for k in ('size', 'bs', 'per_photo')}
-        options = {'valid_size': 256, 'turn': False, 'cache': 5000}  # MB
+        options = {'valid_size': 256, 'turn': False, 'cache': 5000, 'n_workers': n_workers}
         dls = recipe_dls(train, valid, part['recipe'], **crops, **options)
         options = {'opt_func': muon, 'splitter': kernels_apart, 'wd': 0.0}
         learn = _learner(dls, model, _loss_of(part), half=True, **options)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop_pair', 'Pairs', 'pair_loaders', 'recipe_dls',
-           'folder_dls', 'AutocastCPU', 'random_states', 'set_random_states', 'Order', 'save_checkpoint',
-           'load_checkpoint', 'KeepGoing', 'PhotoModel', 'save_weights', 'published', 'load_model']
+           'folder_dls', 'AutocastCPU', 'half_precision', 'random_states', 'set_random_states', 'Order',
+           'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'save_weights', 'published', 'load_model']
 
 # %% ../nbs/03_workbench.ipynb #50501b0f
 import copy
@@ -43,9 +43,11 @@ from enhance_lib.photos import (
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # fastai still uses torch.jit
+    import fastai.callback.fp16  # noqa: F401  (gives a Learner half precision)
     from fastai.callback.core import Callback, CancelEpochException
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
+    from fastai.learner import Learner
     from fastai.torch_core import set_seed, to_float
 
 # %% ../nbs/03_workbench.ipynb #a4ee0d92
@@ -171,6 +173,14 @@ class Pairs:
         return tuple(to_tensor(p.transpose(turn) if turn is not None else p)[0] for p in pair)
 
 # %% ../nbs/03_workbench.ipynb #3c90084a
+def _channels_last(batch):
+    "The same numbers in the order that convolutions are fastest with, and losses on them."
+    return tuple(
+        part.contiguous(memory_format=torch.channels_last) if part.dim() == 4 else part
+        for part in batch
+    )
+
+
 def pair_loaders(
     train,  # a data set: with a length, and an item (bad, good) for each number
     valid,  # another one, to validate with
@@ -182,7 +192,7 @@ def pair_loaders(
     if not len(train) or not len(valid):
         empty = 'train on' if not len(train) else 'validate with'
         raise PhotoError(f'There is no photo to {empty}.')
-    make = partial(DataLoader, bs=bs, num_workers=n_workers)
+    make = partial(DataLoader, bs=bs, num_workers=n_workers, after_batch=_channels_last)
     return DataLoaders(
         make(train, shuffle=True, drop_last=len(train) >= bs),
         make(valid),
@@ -283,10 +293,20 @@ def folder_dls(
 class AutocastCPU(Callback):
     "Train in bfloat16 on a CPU that is faster with it; on others, and on a GPU, do nothing."
 
+    def __init__(
+        self,
+        *parts: str,  # names of parts of the model that are called on their own; none: the whole
+    ):
+        self.parts = parts
+
+    def _parts(self):
+        return [getattr(self.model, name) for name in self.parts] or [self.model]
+
     def before_fit(self):
         self.after_fit()  # where the last training ended in an error
         if self.dls.device.type == 'cpu' and half_dtype(self.dls.device):
-            self.model.forward = partial(self.in_half, self.model.forward)
+            for part in self._parts():
+                part.forward = partial(self.in_half, part.forward)
 
     def in_half(self, forward, *x):
         # a `with` around the model alone: autocast is global in torch, and has to end after errors
@@ -295,7 +315,20 @@ class AutocastCPU(Callback):
         return to_float(prediction)  # the loss is computed in float32
 
     def after_fit(self):
-        vars(self.model).pop('forward', None)  # the model's own comes to light again
+        for part in self._parts():
+            vars(part).pop('forward', None)  # its own comes to light again
+
+
+def half_precision(
+    learn: Learner,
+    *parts: str,  # on a CPU: names of parts of the model that are called on their own
+) -> Learner:  # the same
+    "Train in `half_dtype`, where the device has one; a model in the layout that suits it."
+    learn.model.to(memory_format=torch.channels_last)
+    device = learn.dls.device
+    if device.type != 'cuda':
+        return learn.add_cb(AutocastCPU(*parts))
+    return learn.to_bf16() if half_dtype(device) == torch.bfloat16 else learn.to_fp16()
 
 # %% ../nbs/03_workbench.ipynb #99187876
 def _plain(value):
@@ -308,6 +341,8 @@ def _plain(value):
         return tuple(map(_plain, value))
     if isinstance(value, list | L):  # fastai's optimiser keeps its rates in an L
         return list(map(_plain, value))
+    if isinstance(value, torch.Tensor):  # fastai makes kinds of its own
+        return value.as_subclass(torch.Tensor)
     return value
 
 
@@ -410,8 +445,9 @@ class KeepGoing(Callback):
     def __init__(
         self,
         path: str | Path,  # of the checkpoint; a file for each `fit`
+        **parts,  # what else has a `state_dict` to keep: a callback with a memory, for instance
     ):
-        self.path = Path(path)
+        self.path, self.parts = Path(path), parts
 
     def after_create(self):
         raise PhotoError('KeepGoing belongs to one training: fit(…, cbs=KeepGoing(path)).')
@@ -420,7 +456,7 @@ class KeepGoing(Callback):
         parts = {'model': self.model, 'optimiser': self.opt, 'order': Order(self.dls)}
         if getattr(self.learn, 'scaler', None):  # of float16 on a GPU
             parts['scaler'] = self.learn.scaler
-        return {**parts, 'epochs': self.n_epoch}
+        return {**parts, **self.parts, 'epochs': self.n_epoch}
 
     def before_fit(self):
         self.start, _ = load_checkpoint(self.path, self.dls.device, **self._parts())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COMMANDS = ['enhance_resize', 'enhance_crappify', 'enhance_train']
+COMMANDS = ['enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate']
 FLAGS = {
     'enhance_resize': ['path', 'resized-path', 'size', 'num-workers'],
     'enhance_crappify': [
@@ -38,6 +38,16 @@ FLAGS = {
         'unfrozen-epochs',
         'num-workers',
         'resume',
+        'out',
+    ],
+    'enhance_evaluate': [
+        'path',
+        'degraded-path',
+        'models',
+        'recipe',
+        'seed',
+        'size',
+        'sample',
         'out',
     ],
 }
@@ -322,3 +332,55 @@ def test_a_training_that_was_stopped_goes_on_with_resume(photos, tmp_path):
     assert 'interrupted' in refused('enhance_train', *flags)
     assert 'begun with bs 2, not 1' in refused('enhance_train', *flags, '--resume', '--bs', 1)
     assert not list(tmp_path.glob('mine.s*'))
+
+
+@pytest.fixture(scope='module')
+def features(tmp_path_factory):
+    "A file of a feature network, with random weights."
+    import torch
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('features') / 'squeezenet1_1.pth'
+    torch.save(squeezenet1_1(weights=None).state_dict(), path)
+    return {**os.environ, 'ENHANCE_FEATURES': str(path)}
+
+
+def test_evaluation_writes_a_table_and_plots(photos, tmp_path, features):
+    "Two photos of the folder, made bad by a recipe, and measured as they are and enhanced."
+    out = tmp_path / 'found'
+    flags = ['--models', 'unet-mse', '--size', 40, '--sample', 2, '--out', out]
+    process = start('enhance_evaluate', '--path', photos, *flags, env=features)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert 'PSNR (dB)' in said and f'{out}.csv, {out}.png' in said
+    rows = out.with_suffix('.csv').read_text().splitlines()
+    assert rows[0] == 'photo,picture,MSE,PSNR (dB),SSIM,feature distance,fine detail (dB)'
+    assert [row.split(',')[1] for row in rows[1:]] == ['input', 'unet-mse'] * 2
+    assert Image.open(out.with_suffix('.png')).format == 'PNG'
+
+
+def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
+    "The others are measured, and the exit code is 1."
+    bad, names = tmp_path / 'bad', sorted(p.name for p in photos.iterdir())
+    bad.mkdir()
+    Image.open(photos / names[0]).save(bad / names[0])
+    flags = ['--degraded_path', bad, '--models', 'unet-mse', '--size', 40, '--out', tmp_path / 'a']
+    process = start('enhance_evaluate', '--path', photos, *flags, env=features)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert f'{len(names) - 1} photos could not be measured' in err and names[1] in err
+    assert 'Traceback' not in err
+
+
+def test_evaluation_that_can_not_begin(photos, tmp_path):
+    "Exit code 2 and one sentence; nothing is written."
+    assert '--path must be given' in refused('enhance_evaluate')
+    for words, *flags in (
+        ("'unet-msr'", '--models', 'unet-msr'),
+        ("'gna'", '--recipe', 'gna'),
+        ('nowhere', '--degraded_path', 'nowhere'),
+    ):
+        more = ['--path', photos, '--out', tmp_path / 'out']
+        assert words in refused('enhance_evaluate', *more, *flags)
+    assert not list(tmp_path.glob('out*'))

@@ -853,8 +853,7 @@ def test_a_training_goes_on_as_if_it_had_not_been_killed(checkpoints, paths, tmp
     monkeypatch.setattr(jpeg_restorer, 'ImageRestorer', Small)
 
     shared = {'recipe': jpeg_recipe(10), 'loss': summed_mse, 'bs': 8, 'per_photo': 4, 'epochs': 2}
-    first = {**shared, 'lr': 1e-3, 'falling': False, 'size': 32}
-    rounds = (first, {**shared, 'lr': 7e-4, 'falling': True, 'size': 48})
+    rounds = ({**shared, 'lr': 1e-3, 'size': 32}, {**shared, 'lr': 7e-4, 'size': 48})
 
     def budget(smoke, lesson, full):
         return 4 if smoke == 1 else rounds
@@ -876,11 +875,11 @@ def test_a_training_goes_on_as_if_it_had_not_been_killed(checkpoints, paths, tmp
     assert equal_weights(straight, model, within=1e-6)
     for row, same in zip(history, again, strict=True):
         assert row == pytest.approx(same, abs=1e-4)
-    assert float(model.last.weight.detach().abs().max()) > 1e-3  # it started from zero
-    for i in (0, 1):  # 0.001 throughout, then falling; the last layer at half of it
+    assert float(model.last.weight.detach().abs().max()) > 1e-4  # it started from zero
+    for i, highest in enumerate((1e-3, 7e-4)):  # it has fallen; Adam's is a tenth of Muon's
         _, parts = load_checkpoint(tmp_path / f'one.{i}.ckpt')
-        body, last = (group['lr'] for group in parts['optimiser']['hypers'])
-        assert last == pytest.approx(body / 2) and (body == 1e-3 if i == 0 else body < 4e-4)
+        others, kernels = (group['lr'] for group in parts['optimiser']['param_groups'])
+        assert others == pytest.approx(kernels / 10) and 0 < kernels < highest / 2
 
 
 # What is published
@@ -961,14 +960,13 @@ def test_the_card_is_right(name, quality, pieces):
     assert found == pytest.approx(said['output'] - said['input'], abs=0.12)
 
 
-@not_yet('26.95 dB of 27.05')
 def test_the_specialist_on_bsds500():
     "At quality 10."
     assert on_val('jpeg-q10', 10)['output'] >= 27.05
 
 
 @has_bench
-@not_yet('29.23 dB of 29.45')
+@not_yet('29.41 dB of 29.45')
 def test_the_specialist_on_classic5():
     "By the yardstick, and the card says the same."
 

@@ -552,7 +552,6 @@ def test_unet_feature_reaches_its_goals():
     assert score['output'] >= score['input']
 
 
-@pytest.mark.xfail(reason='the weights need more training: .267 of .241', strict=True)
 def test_unet_feature_is_a_quarter_under_unet_mse():
     feature, mse = (on_val(f'unet-{name}')['feature distance'][1] for name in ('feature', 'mse'))
     assert feature <= 0.75 * mse

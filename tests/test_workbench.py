@@ -15,6 +15,7 @@ import warnings
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,8 +44,10 @@ from enhance_lib.workbench import (
     crop_pair,
     folder_dls,
     half_dtype,
+    half_precision,
     load_checkpoint,
     load_model,
+    pair_loaders,
     pick_device,
     published,
     random_states,
@@ -2476,3 +2479,37 @@ def test_tied_weights_are_saved_or_refused(tmp_path):
         save_weights(model, tmp_path / 'a.safetensors')
     except PhotoError:
         pass
+
+
+@pytest.mark.parametrize(
+    'device, dtype, asked',
+    [
+        ('cuda', torch.bfloat16, 'to_bf16'),
+        ('cuda', torch.float16, 'to_fp16'),
+        ('cpu', torch.bfloat16, 'add_cb'),
+        ('cpu', None, 'add_cb'),
+        ('mps', None, 'add_cb'),
+    ],
+)
+def test_half_precision_is_what_the_device_is_fast_with(device, dtype, asked, monkeypatch):
+    "bfloat16 or float16 on a GPU; on others a callback that knows for itself."
+
+    class Stub:
+        model = nn.Conv2d(3, 3, 3)
+        dls = SimpleNamespace(device=torch.device(device))
+
+        def __getattr__(self, name):
+            return lambda *given: (name, *given)
+
+    monkeypatch.setattr(workbench, 'half_dtype', lambda device: dtype)
+    name, *given = half_precision(Stub(), 'generator')
+    assert name == asked
+    assert [cb.parts for cb in given] == ([('generator',)] if asked == 'add_cb' else [])
+    assert Stub.model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_with_labels_keep_them():
+    "Only pictures have a layout."
+    pairs = [(torch.rand(3, 4, 4), torch.tensor(float(i % 2))) for i in range(4)]
+    x, label = pair_loaders(pairs, pairs, bs=4, device='cpu').one_batch()
+    assert x.is_contiguous(memory_format=torch.channels_last) and label.shape == (4,)

@@ -21,6 +21,7 @@ from enhance_lib.measure import (
     feature_net,
     luma_psnr,
     psnr,
+    radial_spectrum,
     ssim,
     unenhanced,
 )
@@ -30,7 +31,7 @@ from enhance_lib.workbench import save_weights
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
-LESSONS = ('srcnn', 'jpeg_restorer', 'unet')  # modules with PUBLISHED and train_published
+LESSONS = ('srcnn', 'jpeg_restorer', 'unet', 'gan')  # modules with PUBLISHED and train_published
 # Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
 PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
 
@@ -107,8 +108,21 @@ def scores_of_gan(model):
     for name, measure in (('SSIM', ssim), ('feature distance', partial(feature_distance, net=net))):
         both = [[measure(p, good) for p in (bad, y)] for y, (bad, good) in zip(outputs, pairs)]
         score[name] = [round(mean(values), 4) for values in zip(*both)]
-    protocol = 'RGB PSNR and SSIM (scikit-image) of 256×256 crops, recipe gan, seed 0'
-    return {'BSDS500 val': {**score, 'protocol': f'{protocol}; feature distance: SqueezeNet 1.1'}}
+    photos = zip(*((bad, y, good) for y, (bad, good) in zip(outputs, pairs)))
+    before, after, right = (sum(map(top_octave, some)) for some in photos)
+    score['top octave'] = [round(energy / right, 3) for energy in (before, after)]
+    protocol = (
+        'RGB PSNR and SSIM (scikit-image) of 256×256 crops, recipe gan, seed 0; feature distance: '
+        "SqueezeNet 1.1; top octave: energy of all photos, relative to the originals'"
+    )
+    return {'BSDS500 val': {**score, 'protocol': protocol}}
+
+
+def top_octave(photo):
+    "The energy of a photo from a quarter of a cycle per pixel to a half, by its radial spectrum."
+    frequency, power = radial_spectrum(photo)
+    ring = frequency * 10 ** (power / 10)  # a ring has as many waves as it is long
+    return float(ring[frequency >= 0.25].sum())
 
 
 def scored(model, pairs, measure, outputs=None):
@@ -123,14 +137,14 @@ def scored(model, pairs, measure, outputs=None):
     }
 
 
-def train(name, module, folders, budget, home, out):
+def train(name, module, folders, budget, home, out, workers):
     "Train one model, going on from its checkpoint, and write weights and card."
     plan = module.PUBLISHED[name]
     task = plan['task']
     last = plan['rounds'][-1]
     recipe = last['recipe'] if 'recipe' in last else TASKS[task]
     photos = [p for folder in folders for p in find_photos(folder)]
-    model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget)
+    model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget, workers)
     rows = [
         board_row('input', task),
         board_row(name, task, model.predict, sum(p.numel() for p in model.parameters())),
@@ -154,12 +168,18 @@ def train(name, module, folders, budget, home, out):
         },
         scores=scores_of(model),
         scoreboard=rows,
-        machine=f'{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}',
+        machine=machine(),
         command=f'make weights MODELS={name} BUDGET={budget.name}',
         licence='Apache-2.0',
     )
     said = [f'{k} {v["input"]} → {v["output"]} dB' for k, v in card['scores'].items()]
     print(f'{name}: {", ".join(said) or "no benchmark here"}; {out / name}.safetensors', flush=True)
+
+
+def machine():
+    "What this is running on."
+    gpu = f'{torch.cuda.get_device_name()}, ' if torch.cuda.is_available() else ''
+    return f'{gpu}{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}'
 
 
 def main(arguments=None):
@@ -170,6 +190,7 @@ def main(arguments=None):
     )
     parser.add_argument('--budget', default='full', help='smoke, lesson or full')
     parser.add_argument('--out', type=Path, help='by default the package, or _weights/BUDGET')
+    parser.add_argument('--workers', type=int, default=0, help='processes that make pairs')
     given = parser.parse_args(arguments)
     if FEATURES.is_file():
         os.environ.setdefault('ENHANCE_FEATURES', str(FEATURES))
@@ -186,7 +207,7 @@ def main(arguments=None):
         home = ROOT / '_weights' / budget.name
         out = given.out or (WEIGHTS if budget.name == 'full' else home)
         for name in given.models or known:
-            train(name, known[name], folders, budget, home, out)
+            train(name, known[name], folders, budget, home, out, given.workers)
     except PhotoError as e:
         # fastai puts a line of its own before the words of a callback
         print(str(e).splitlines()[-1], file=sys.stderr)

@@ -1,0 +1,611 @@
+"""The GAN: critic and generator in turn, what they cost, stopping and going on, and evaluation."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from beside import SHARED
+from fastai.callback.core import Callback
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import enhance_lib.gan as module
+from enhance_lib.crappify import crappify_folder
+from enhance_lib.gan import (
+    LOG_2,
+    PUBLISHED,
+    Critic,
+    Watch,
+    accuracy,
+    critic_dls,
+    critic_learner,
+    cross_entropy,
+    evaluate,
+    evaluation_means,
+    fit_gan,
+    gan_learner,
+    generate_folder,
+    gradient_penalty,
+    plot_evaluation,
+    save_evaluation,
+    spectrum_loss,
+    train_published,
+    wasserstein,
+)
+from enhance_lib.measure import WEIGHTS, FeatureNet, fine_detail, read_card, to_photo, to_tensor
+from enhance_lib.photos import (
+    Budget,
+    PhotoError,
+    PhotoWarning,
+    find_photos,
+    sample_photo,
+    save_photo,
+)
+from enhance_lib.unet import UNet
+from enhance_lib.workbench import PhotoModel, load_checkpoint, load_model, recipe_dls, set_seed
+
+VAL = SHARED / 'data' / 'bsds500' / 'val'
+has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
+published = pytest.mark.skipif(
+    not (WEIGHTS / 'unet-gan.json').exists(), reason='unet-gan is not trained yet'
+)
+
+
+class Tint(PhotoModel):
+    "A generator of three numbers."
+
+    multiple, margin = 8, 8
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+class Always(nn.Module):
+    "A critic that says the same of everything, and has something to train."
+
+    def __init__(self, answer=0.0):
+        super().__init__()
+        self.answer = nn.Parameter(torch.tensor(answer))
+
+    def forward(self, x):
+        return self.answer + 0 * x.mean((1, 2, 3))[:, None]
+
+
+class Killed(BaseException):
+    "As sudden as a kill: nobody catches it, whoever catches every Exception."
+
+
+class KillAfter(Callback):
+    "A kill after some epochs."
+
+    order = 100  # after the checkpoint was written
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def after_epoch(self):
+        self.epochs -= 1
+        if not self.epochs:
+            raise Killed
+
+
+@pytest.fixture(scope='module')
+def net():
+    "A small network with random weights, for the feature distance."
+    set_seed(0)
+    return FeatureNet(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (1,))
+
+
+@pytest.fixture(scope='module')
+def photos():
+    "Pieces of photos."
+    cat, coffee = sample_photo('cat'), sample_photo('coffee')
+    return [p.crop((x, 40, x + 96, 136)) for p in (cat, coffee) for x in (0, 100, 200)]
+
+
+@pytest.fixture(scope='module')
+def folders(photos, tmp_path_factory):
+    "Good and bad photos in folders of a folder."
+    home = tmp_path_factory.mktemp('photos')
+    for i, photo in enumerate(photos):
+        save_photo(photo, home / 'good' / f'{i}.png')
+    crappify_folder(home / 'good', home / 'bad', 'gan', progress=False)
+    return home
+
+
+def dls_of(photos, size=64, bs=2):
+    "Pairs by recipe gan."
+    return recipe_dls(photos, photos[:2], 'gan', size=size, bs=bs, turn=False, device='cpu')
+
+
+def a_game(photos, net, generator=None, critic=None, **options):
+    "A `GANLearner` of small parts."
+    set_seed(0)
+    options = {'content': F.l1_loss, 'net': net, 'half': False, 'every': 2, **options}
+    return gan_learner(dls_of(photos), generator or Tint(), critic or Critic(8), **options)
+
+
+def play(learn, n=1, rate=2e-4):
+    "Epochs of it, without a table."
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(n, rate)
+    return [row['who'] for row in learn.watch.steps]
+
+
+class Seen(nn.Module):
+    "A feature network of one convolution; a list, as of `feature_extractor`."
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x):
+        return [self.conv(x)]
+
+
+class Say(Callback):
+    "Say that the critic's losses were these."
+
+    order = -10  # before anybody looks at it
+
+    def __init__(self, *losses):
+        self.losses = iter(losses)
+
+    def after_loss(self):
+        if self.training and not self.gan_trainer.gen_mode:
+            self.learn.loss = torch.tensor(next(self.losses))
+
+
+# Whose turn it is
+
+
+def test_the_turn_goes_to_the_generator_and_back(photos, net):
+    "The critic trains until its loss is below the threshold; the generator has one step."
+    learn = a_game(3 * photos, net, critic=Always(), critic_thresh=0.6)
+    learn.add_cb(Say(0.7, 0.65, 0.5, 0.9, 0.2, 0.61, 0.61))
+    assert ''.join(who[0] for who in play(learn)) == 'cccgccgcc'
+
+
+def test_a_critic_that_never_gets_there_never_stops(photos, net):
+    "An answer of 0 costs log 2: above any threshold."
+    learn = a_game(photos, net, critic=Always(), critic_thresh=0.69)
+    assert play(learn, 1, 0.0) == ['critic'] * 3
+
+
+def test_wasserstein_has_five_steps_of_the_critic_a_turn(photos, net):
+    "By number, as its loss has no threshold."
+    learn = a_game(4 * photos, net, critic=Always(), wgan=True)
+    assert ''.join(who[0] for who in play(learn, 1, 0.0)) == 'cccccgcccccg'
+
+
+def test_only_who_is_on_trains(photos, net):
+    "Without momentum, nobody moves in a step of the other."
+    learn = a_game(photos, net, critic=Always(0.5), critic_thresh=0.6)
+    tint, critic = learn.model.generator.shift, learn.model.critic.answer
+    learn.add_cb(Say(0.9, 0.9, 0.9))
+    play(learn, rate=0.1)
+    assert float(tint.detach().abs().sum()) == 0 and float(critic) != 0.5
+    learn = a_game(photos, net, critic=Always(0.5), critic_thresh=0.6)
+    learn.gan_trainer.gen_first = True
+    tint, critic = learn.model.generator.shift, learn.model.critic.answer
+    learn.add_cb(Say(0.9, 0.9))
+    moved = []
+
+    class Note(Callback):
+        order = 90
+
+        def after_batch(self):
+            if self.training:
+                moved.append((float(tint.detach().abs().sum()), float(critic.detach())))
+
+    learn.add_cb(Note())
+    play(learn, rate=0.1)
+    first, second, third = moved
+    assert first[0] > 0 and first[1] == 0.5  # the generator alone
+    assert second[0] == third[0] == first[0] and second[1] != third[1]  # then the critic alone
+
+
+@pytest.mark.parametrize('threshold', [0, -1, LOG_2, 0.7, float('nan')])
+def test_a_threshold_outside_its_range_is_refused(threshold, photos, net):
+    "With the range."
+    with pytest.raises(PhotoError, match='more than 0.*less than 0.693'):
+        a_game(photos, net, critic_thresh=threshold)
+
+
+# What a step costs
+
+
+def test_the_losses_by_hand(photos, net):
+    "A critic that says 2 of everything is right about photos, and wrong about pictures."
+    learn = a_game(photos, net, critic=Always(2.0), weights=(3.0, 50.0))
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    assert play(learn, 1, 0.0) == ['critic'] * 3
+    for row in learn.watch.steps:
+        assert row['loss'] == pytest.approx((right + wrong) / 2, abs=1e-5)
+    learn = a_game(photos, net, critic=Always(2.0), weights=(3.0, 50.0))
+    learn.gan_trainer.gen_first = True
+    play(learn, 1, 0.0)
+    bad, good = learn.dls.one_batch()
+    adversarial, content = right, float(F.l1_loss(bad, good))
+    learn.gan_trainer.switch(True)
+    loss = learn.loss_func(bad, good)
+    assert float(loss) == pytest.approx(3 * adversarial + 50 * content, rel=1e-5)
+
+
+def test_cross_entropy_and_accuracy_by_hand():
+    "Of every place, against one label for a picture."
+    scores, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([1.0, 0.0])
+    softplus = [math.log(1 + math.exp(x)) for x in (0, -2, -1, 1)]
+    assert float(cross_entropy(scores, labels)) == pytest.approx(sum(softplus) / 4, abs=1e-6)
+    assert float(accuracy(scores, labels)) == 0.5  # exactly 0 is no photo
+
+
+def test_wasserstein_and_its_penalty_by_hand(photos, net):
+    "Flat critics have a slope of 0, which is 1 off; the weight of the penalty is 10."
+    scores, labels = torch.tensor([[3.0, 5.0], [1.0, -3.0]]), torch.tensor([1.0, 0.0])
+    assert float(wasserstein(scores, labels)) == (-3 - 5 + 1 - 3) / 4
+    x = torch.rand(2, 3, 8, 8)
+    assert float(gradient_penalty(Always(), x, 1 - x).detach()) == 1
+    learn = a_game(photos, net, critic=Always(1.0), wgan=True)
+    found = []
+
+    class Note(Callback):
+        order = 90
+
+        def after_loss(self):
+            found.append((float(self.loss), float(self.loss_grad)))
+
+    learn.add_cb(Note())
+    play(learn, 1, 0.0)
+    assert found[0] == pytest.approx((0, 10))
+
+
+def test_the_spectrum_by_hand(photos):
+    "Half the contrast has a quarter of the power at all frequencies: 6.02 dB."
+    x = to_tensor(photos[0])
+    assert float(spectrum_loss(x, x)) == 0
+    assert float(spectrum_loss(x / 2 + 0.25, x)) == pytest.approx(20 * math.log10(2), abs=1e-3)
+    moved = torch.roll(x, 3, 3)  # where the detail is does not matter
+    assert float(spectrum_loss(moved, x)) < 1
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1)
+    lack = fine_detail(to_photo(soft), photos[0])
+    assert float(spectrum_loss(to_tensor(to_photo(soft)), x)) == pytest.approx(-lack, abs=0.5)
+    soft = soft.requires_grad_()
+    spectrum_loss(soft, x).backward()
+    assert soft.grad.isfinite().all() and float(soft.grad.abs().max()) > 0
+
+
+# The critic
+
+
+@pytest.mark.parametrize(
+    'options, places',
+    [({}, 169), ({'n_blocks': 3}, 25), ({'spectral': False}, 169), ({'detail': 0}, 169)],
+)
+def test_each_critic_votes_in_so_many_places(options, places):
+    "128 pixels become 16 (or 8), and the last kernel of 4 leaves 13 (or 5) of them, squared."
+    critic = Critic(**{'width': 8, **options})
+    assert critic(torch.rand(2, 3, 128, 128)).shape == (2, places)
+    normed = [m for m in critic.modules() if hasattr(m, 'weight_orig')]
+    assert bool(normed) is options.get('spectral', True)
+
+
+def test_a_critic_with_features_votes_there_too():
+    "31×31 places of a convolution of 64 pixels, and the 25 of its own; the network stays."
+    seen = Seen()
+    critic = Critic(8, features=seen)
+    x = torch.rand(2, 3, 64, 64)
+    assert critic(x).shape == (2, 5 * 5 + 31 * 31)
+    critic(x).sum().backward()
+    assert all(p.grad is None for p in seen.parameters())
+    assert not any(p is q for p in critic.parameters() for q in seen.parameters())
+    assert any(p.grad is not None for p in critic.heads.parameters())
+
+
+def test_the_gain_is_of_spectral_norm_alone():
+    "Answers are multiplied by it."
+    set_seed(0)
+    critic = Critic(8, gain=1.0).eval()
+    x = torch.rand(1, 3, 64, 64)
+    once = critic(x)
+    critic.gain = 30.0
+    assert torch.allclose(critic(x), 30 * once)
+    assert Critic(8, spectral=False).gain == 1
+
+
+@pytest.mark.parametrize('size', [(32, 31), (8, 8)])
+def test_a_critic_refuses_pictures_that_are_too_small(size):
+    "With the least size."
+    with pytest.raises(PhotoError, match='needs 32×32 pixels or more'):
+        Critic(8)(torch.rand(1, 3, *size))
+
+
+def test_a_critic_and_crops_of_different_sizes_are_refused_before_training(photos, net):
+    "Crops of 64 pixels, a critic that needs 128."
+    with pytest.raises(PhotoError, match='needs 128×128 pixels or more, and got 64×64'):
+        a_game(photos, net, critic=Critic(4, n_blocks=4))
+
+
+def test_a_generator_of_another_size_is_refused_before_training(photos, net):
+    "One that enlarges, for photos that are as large as the bad ones."
+
+    class Twice(Tint):
+        def forward(self, x):
+            return F.interpolate(x + self.shift, scale_factor=2)
+
+    with pytest.raises(PhotoError, match='makes 128×128 pixels, and the good photos have 64×64'):
+        a_game(photos, net, Twice())
+
+
+# Generated pictures on disk
+
+
+def test_a_folder_is_generated_once_and_anew_for_other_weights(folders, tmp_path):
+    "As PNG; a picture that is missing is made again."
+    model = Tint()
+    run = {'path': folders / 'bad', 'generated_path': tmp_path, 'progress': False}
+    assert generate_folder(model, **run).made == 6
+    (tmp_path / '3.png').unlink()
+    report = generate_folder(model, **run)
+    assert (report.made, report.kept) == (1, 5)
+    with torch.no_grad():
+        model.shift += 0.1
+    assert generate_folder(model, **run).made == 6
+    bad, made = (np.asarray(Image.open(f / '0.png'), float) for f in (folders / 'bad', tmp_path))
+    assert np.abs(made - np.clip(bad + 25.5, 0, 255)).max() <= 1
+
+
+def test_a_critic_learns_from_both_versions_of_a_crop(folders, tmp_path):
+    "In turn: generated, labelled 0, and the same place of the photo, labelled 1."
+    generate_folder(Tint(), folders / 'good', tmp_path, progress=False)  # does nothing
+    dls = critic_dls(folders / 'good', tmp_path, size=64, bs=4, device='cpu')
+    (fake, no), (photo, yes) = dls.valid_ds[0], dls.valid_ds[1]
+    assert (float(no), float(yes)) == (0, 1) and torch.allclose(fake, photo)
+    x, labels = dls.one_batch()
+    assert x.shape == (4, 3, 64, 64) and labels.shape == (4,)
+    learn = critic_learner(dls, Critic(8), half=False)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert 0 <= learn.validate()[1] <= 1
+
+
+def test_an_empty_folder_of_pictures_is_refused(folders, tmp_path):
+    "By its name."
+    with pytest.raises(PhotoError, match='empty'):
+        critic_dls(folders / 'good', tmp_path / 'empty')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(PhotoError, match='empty'):
+        critic_dls(folders / 'good', tmp_path / 'empty')
+
+
+# Stopping and going on
+
+
+def whole_game(photos, net, checkpoint, epochs=(2, 2), kill=None, seed=0, generator=None):
+    "A game with everything random; weights of all, what was noted, and the optimiser's state."
+    set_seed(0)
+    learn = a_game(photos, net, generator or UNet('test_resnet', False), critic_thresh=0.69)
+    set_seed(seed)
+    if kill:
+        learn.add_cb(KillAfter(kill))
+    with learn.no_bar(), learn.no_logging():
+        fit_gan(learn, epochs, checkpoint=checkpoint)
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()]), learn
+
+
+@pytest.mark.parametrize('kill', [1, 2, 3])
+def test_a_game_goes_on_as_if_it_had_not_been_killed(kill, photos, net, tmp_path):
+    "In either of two rates of two epochs, or between them."
+    straight, first = whole_game(photos, net, tmp_path / 'one')
+    with pytest.raises(Killed):
+        whole_game(photos, net, tmp_path / 'two', kill=kill)
+    resumed, second = whole_game(photos, net, tmp_path / 'two', seed=99)  # another process
+    assert [r['who'] for r in second.watch.steps] == [r['who'] for r in first.watch.steps]
+    for a, b in ((first.watch.steps, second.watch.steps), (first.watch.looks, second.watch.looks)):
+        assert [r['step'] for r in a] == [r['step'] for r in b]
+    assert torch.allclose(straight, resumed, atol=1e-5)
+    assert len({row['who'] for row in first.watch.steps}) == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(photos, net, tmp_path):
+    "It is left as it was."
+    whole_game(photos, net, tmp_path / 'a', (1, 0), generator=Tint())
+    path = tmp_path / 'a.0.ckpt'
+    old = path.read_bytes()
+    with pytest.raises(PhotoError, match=r'a\.0\.ckpt.*does not fit this training'):
+        whole_game(photos, net, tmp_path / 'a', (1, 0))
+    assert path.read_bytes() == old
+
+
+@pytest.mark.parametrize('who', ['critic', 'generator'])
+def test_a_loss_of_nan_stops_the_game(who, photos, net, tmp_path):
+    "The last good checkpoint is kept, and named."
+
+    class Spoil(Callback):
+        order = -5
+
+        def after_loss(self):
+            if self.training and self.epoch == 1 and self.gan_trainer.gen_mode == (who[0] == 'g'):
+                self.learn.loss = self.learn.loss * float('nan')
+
+    learn = a_game(photos, net, critic_thresh=0.69)
+    learn.add_cbs([Say(0.1, 0.9, 0.1, 0.1, 0.1, 0.1), Spoil()])
+    with pytest.raises(PhotoError, match=rf'loss of the {who} is nan at step \d.*a\.0\.ckpt'):
+        with learn.no_bar(), learn.no_logging():
+            fit_gan(learn, (3, 0), checkpoint=tmp_path / 'a')
+    step, parts = load_checkpoint(tmp_path / 'a.0.ckpt')
+    assert step == 1 and all(v.isfinite().all() for v in parts['model'].values())
+
+
+# The best moment
+
+
+def test_the_best_generator_is_kept(photos, net):
+    "Each look is told another feature distance; the weights of the smallest come back."
+    learn = a_game(photos, net, critic_thresh=0.69)
+    learn.dls.valid  # noqa: B018  (made before the clock starts)
+    watch, shift = Watch(1, net), learn.model.generator.shift
+    watch.learn, learn.watch = learn, watch
+    watch.held_out = list(learn.dls.valid)
+    for value in (0.3, 0.0, -0.2):
+        with torch.no_grad():
+            shift.fill_(value)
+        watch.look()
+    distances = [look['feature distance'] for look in watch.looks]
+    watch.keep_best()
+    assert float(shift[0]) == pytest.approx((0.3, 0.0, -0.2)[int(np.argmin(distances))])
+    watch.keep_mean()
+    assert float(shift[0]) == pytest.approx(0.1 / 3)  # of 0.3, 0 and -0.2
+    assert len(watch.strip(2)) == 1  # no step was made: all three looks have one title
+
+
+# Evaluation
+
+
+def test_evaluate_measures_input_and_models(folders, net):
+    "Of a model that does nothing, the same as of the input; scikit-image agrees on the PSNR."
+    from skimage.metrics import peak_signal_noise_ratio
+
+    table = evaluate(
+        {'nothing': lambda bad: bad}, folders / 'good', folders / 'bad', net=net, progress=False
+    )
+    assert list(table['picture'].unique()) == ['input', 'nothing'] and len(table) == 12
+    wide = table.pivot(index='photo', columns='picture', values='PSNR (dB)')
+    assert (wide['input'] == wide['nothing']).all()
+    pair = (np.asarray(Image.open(folders / f / '2.png')) for f in ('good', 'bad'))
+    assert wide.loc['2.png', 'input'] == pytest.approx(peak_signal_noise_ratio(*pair), abs=1e-3)
+    assert evaluation_means(table).loc['input', 'PSNR (dB)'] == pytest.approx(wide['input'].mean())
+    assert table.attrs['failed'] == []
+
+
+def test_evaluate_on_a_sample_is_the_same_each_time(folders, net):
+    "By the seed; another seed draws others."
+    run = partial_evaluate(folders, net)
+    first, again = (list(run(seed=1)['photo'].unique()) for _ in range(2))
+    assert first == again and len(first) == 3
+    assert any(list(run(seed=s)['photo'].unique()) != first for s in range(2, 6))
+
+
+def partial_evaluate(folders, net):
+    "Three of the photos, made bad by a recipe."
+
+    def run(**options):
+        models = {'nothing': lambda bad: bad}
+        return evaluate(models, folders / 'good', sample=3, net=net, progress=False, **options)
+
+    return run
+
+
+def test_evaluate_names_what_it_could_not_measure(folders, net, tmp_path):
+    "And measures the others; nothing at all is an error."
+    for name in ('0.png', '1.png'):
+        save_photo(Image.open(folders / 'bad' / name), tmp_path / name)
+    nothing = {'nothing': lambda bad: bad}
+    with pytest.warns(PhotoWarning, match='4 photos could not be measured'):
+        table = evaluate(nothing, folders / 'good', tmp_path, net=net, progress=False)
+    assert len(table) == 4 and len(table.attrs['failed']) == 4
+    (tmp_path / 'none').mkdir()
+    save_photo(Image.open(folders / 'bad' / '0.png'), tmp_path / 'none' / 'other.png')
+    with pytest.raises(PhotoError, match='No photo could be measured'):
+        evaluate(nothing, folders / 'good', tmp_path / 'none', net=net, progress=False)
+    with pytest.raises(PhotoError, match='A sample of 0'):
+        evaluate(nothing, folders / 'good', sample=0, net=net, progress=False)
+    with pytest.raises(PhotoError, match='Name a model'):
+        evaluate([], folders / 'good', net=net)
+
+
+def test_an_evaluation_is_written_and_drawn(folders, net, tmp_path):
+    "The table comes back from its file; the plots have a row for each measure."
+    table = partial_evaluate(folders, net)()
+    save_evaluation(table, tmp_path / 'found')
+    back = pd.read_csv(tmp_path / 'found.csv')
+    assert list(back.columns) == list(table.columns) and len(back) == len(table)
+    assert Image.open(tmp_path / 'found.png').format == 'PNG'
+    assert len(plot_evaluation(table, ('MSE',)).axes) == 2
+
+
+# What is published
+
+
+def test_every_round_of_the_published_training_runs(photos, net, tmp_path, monkeypatch):
+    "At the smallest budget, with a network that is there; it goes on from what was written."
+    paths = []
+    for i, photo in enumerate(photos):
+        paths.append(save_photo(photo, tmp_path / f'{i}.png'))
+    monkeypatch.setattr(module, 'load_model', lambda name: UNet('test_resnet', False))
+    monkeypatch.setattr(module, 'feature_extractor', lambda layers: Seen())
+    monkeypatch.setattr(module, 'gan_learner', partial(gan_learner, net=net))
+    monkeypatch.setitem(
+        PUBLISHED['unet-gan'], 'content', {'layers': (1,), 'features': (1,), 'gram': ()}
+    )
+    model, history = train_published('unet-gan', 2 * paths, tmp_path / 'a.ckpt', Budget('smoke'))
+    rounds = len(PUBLISHED['unet-gan']['rounds'])
+    assert [row['epochs'] for row in history] == [1] * rounds + [2]
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    names = {p.name for p in tmp_path.glob('*.ckpt')}
+    assert names == {f'a.{i}.ckpt' for i in range(rounds)} | {'a.game.0.ckpt', 'a.game.1.ckpt'}
+    with pytest.raises(PhotoError, match='unet-gan'):
+        train_published('unet-gna', paths, tmp_path / 'b.ckpt', Budget('smoke'))
+
+
+def on_val(name):
+    "What the card says of a model on BSDS500 val."
+    return read_card(WEIGHTS / f'{name}.json')['scores']['BSDS500 val']
+
+
+@published
+def test_unet_gan_gains():
+    "0.7 dB over the input, with no less SSIM."
+    score = on_val('unet-gan')
+    assert score['output'] >= score['input'] + 0.7
+    assert score['SSIM'][1] >= score['SSIM'][0]
+
+
+@published
+def test_unet_gan_is_a_quarter_under_unet_mse():
+    "In feature distance."
+    gan, mse = (on_val(f'unet-{name}')['feature distance'][1] for name in ('gan', 'mse'))
+    assert gan <= 0.75 * mse
+
+
+@published
+@pytest.mark.xfail(reason='fine detail has its price: .2395 of .2352', strict=True)
+def test_unet_gan_is_no_further_than_unet_feature():
+    "In feature distance."
+    gan, feature = (on_val(f'unet-{name}')['feature distance'][1] for name in ('gan', 'feature'))
+    assert gan <= feature
+
+
+@published
+def test_unet_gan_has_as_much_fine_detail_as_photos():
+    "Energy in the top octave within 15%; that of unet-mse falls far short."
+    assert on_val('unet-gan')['top octave'][1] == pytest.approx(1, abs=0.15)
+    assert on_val('unet-mse')['top octave'][1] < 0.6
+
+
+@published
+@has_val
+def test_the_card_is_right():
+    "Every tenth photo gains about as much as the card says of all, by scikit-image."
+    from skimage.metrics import peak_signal_noise_ratio
+
+    from enhance_lib.crappify import RECIPES
+
+    gains, model = [], load_model('unet-gan')
+    for path in find_photos(VAL)[::10]:
+        bad, good = RECIPES['gan'].pair(Image.open(path), 0, path.name, 256)
+        before, after = (
+            peak_signal_noise_ratio(np.asarray(good), np.asarray(p))
+            for p in (bad, model.predict(bad))
+        )
+        gains.append(after - before)
+    score = on_val('unet-gan')
+    assert np.mean(gains) == pytest.approx(score['output'] - score['input'], abs=0.8)

@@ -507,9 +507,11 @@ def _run(model, x, fast):
     right = -(-max(width, model.margin) // model.multiple) * model.multiple - width
     if below or right:
         x = F.pad(x, (0, right, 0, below), mode='replicate')
+    # not `contiguous`: a batch of one counts as channels_last with any stride, yet is slow without
+    x = x.clone(memory_format=torch.channels_last)
     for half in [True, False] if fast and half_dtype(x.device) else [False]:
         with autocast(x.device, half):
-            y = model.enhance(x.contiguous(memory_format=torch.channels_last)).float()
+            y = model.enhance(x).float()
         if y.isfinite().all():
             return y[..., : height * model.scale, : width * model.scale]
     raise PhotoError(

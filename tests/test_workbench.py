@@ -1898,6 +1898,24 @@ def test_a_frozen_layer_stays_frozen():
             assert model.training == net_trains and model.norm.training == norm_trains
 
 
+@pytest.mark.parametrize('size', [(40, 24), (7, 5)])
+def test_the_network_gets_its_photo_in_the_fast_layout(size):
+    """All channels of a pixel side by side, and strides that say so for the batch, too.
+
+    A batch of one with any other stride passes for channels_last, but not to the convolutions.
+    """
+    strides = []
+
+    class Look(PhotoModel):
+        def forward(self, x):
+            strides.append((x.shape, x.stride()))
+            return x
+
+    Look().predict(Image.new('RGB', size, 'red'))
+    ((_, c, h, w), found) = strides[0]
+    assert found == (c * h * w, 1, c * w, c)
+
+
 def test_a_network_can_be_trained_after_it_predicted():
     model = bright_srcnn()
     model.predict(noise_photo(mode='L'))

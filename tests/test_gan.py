@@ -177,6 +177,24 @@ def test_a_critic_that_never_gets_there_never_stops(photos, net):
     assert play(learn, 1, 0.0) == ['critic'] * 3
 
 
+def test_batch_norm_counts_only_for_who_trains(photos, net):
+    "fastai puts both in training mode at the start of an epoch, and the generator to validate."
+
+    class Normed(Tint):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    learn = a_game(photos, net, Normed(), Always(), critic_thresh=0.69)
+    before = {k: v.clone() for k, v in learn.model.generator.state_dict().items()}
+    assert play(learn, 2, 0.0) == ['critic'] * 3 + ['generator'] + ['critic'] * 2
+    after = learn.model.generator.state_dict()
+    assert int(after['norm.num_batches_tracked'] - before['norm.num_batches_tracked']) == 1
+
+
 def test_wasserstein_has_five_steps_of_the_critic_a_turn(photos, net):
     "By number, as its loss has no threshold."
     learn = a_game(4 * photos, net, critic=Always(), wgan=True)

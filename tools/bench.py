@@ -180,6 +180,7 @@ def speed_of_predict():
         ('srcnn-x2', 'x2', 5, '2× or more', '0.02 dB at most'),
         ('jpeg-q10', 'jpeg10', 2, fast, '0.05 dB at most'),
         ('jpeg-blind', 'jpeg10', 3, fast, '0.05 dB at most'),
+        ('realtime-x4', 'x4', 3, '', '0.05 dB at most'),
     ):
         plain, model = load_model(name).train(), load_model(name)  # plain: no layers merged
         bad, truth = TASKS[task].pair(good)
@@ -198,6 +199,54 @@ def speed_of_predict():
         ratio, off = best['plain'] / best['predict'], quality['predict'] - quality['plain']
         yield f'ratio of the two (best of {repeats} runs each)', f'{ratio:.2f}×', ratio_wanted
         yield 'what `predict` loses in quality (luma)', f'{-off:.4f} dB', loss_allowed
+
+
+def opencv_espcn() -> tuple[Callable | None, str]:
+    "ESPCN as OpenCV runs it, from array to array; and, if it can not be had, why."
+    weights = Path(os.environ.get('ENHANCE_ESPCN', ''))
+    if not weights.is_file():
+        return None, 'no weights: name a file ESPCN_x4.pb in ENHANCE_ESPCN'
+    try:
+        from cv2 import dnn_superres
+    except ImportError:
+        return None, 'OpenCV is missing: pip install opencv-contrib-python'
+    network = dnn_superres.DnnSuperResImpl_create()
+    network.readModel(str(weights))
+    network.setModel('espcn', 4)
+    return network.upsample, ''
+
+
+def speed_of_enlarging():
+    "Output of the real-time networks beside bicubic and, where its weights are, ESPCN."
+    import torch
+
+    from enhance_lib.measure import TASKS, unenhanced
+    from enhance_lib.realtime import output_speed
+    from enhance_lib.workbench import load_model
+
+    good = one_megapixel()
+    small, _ = TASKS['x4'].pair(good)
+    model = load_model('realtime-x4')
+    ways = {
+        'bicubic (Pillow)': lambda: unenhanced(small, good.size),
+        'realtime-x4, `predict`': lambda: model.predict(small),
+    }
+    espcn, why = opencv_espcn()
+    if espcn:
+        ways['ESPCN (OpenCV)'] = lambda: espcn(np.asarray(small))
+    for way, seconds in fastest(ways, 5).items():
+        target = '3 MP/s or more' if 'realtime' in way else ''
+        yield f'×4, 1 megapixel of output, CPU: {way}', f'{1 / seconds:.1f} MP/s', target
+    if not espcn:
+        yield '×4, 1 megapixel of output, CPU: ESPCN (OpenCV)', why, ''
+    for name in ('realtime-x4', 'realtime-x2'):
+        what = f'{name}, 1920×1080 of output in half precision'
+        if not torch.cuda.is_available():
+            yield f'{what}, GPU', 'no GPU here', 'more than 60 frames/s'
+            continue
+        speed = output_speed(load_model(name), device='cuda', repeats=50)
+        target = 'more than 60 frames/s' if name == 'realtime-x4' else ''
+        yield f'{what}, {torch.cuda.get_device_name()}', f'{speed["frames/s"]:.0f} frames/s', target
 
 
 def memory_of_predict():
@@ -303,12 +352,19 @@ def quality_of_published():
         ('unet-feature', 'BSDS500 val'): 'no dB lost, feature distance 25% less',
         ('unet-gan', 'BSDS500 val'): "+0.7 dB, feature distance 25% under unet-mse's and not "
         "above unet-feature's, top octave 0.85 to 1.15",
+        ('realtime-x4', 'Set5'): '31.2 dB',
+        ('realtime-x2', 'Set5'): '37.0 dB',
+        ('realtime-x4', 'BSDS500 val'): '26.9 dB',
+        ('realtime-x4-any', 'Set5, any way'): "0.5 dB above realtime-x4's",
+        ('realtime-x4-gan', 'Set5'): "feature distance at most half of bicubic's",
     }
     for name in published():
         scores = scores_of(load_model(name))
         for where, score in scores.items():
             measured = f'{score["input"]:.2f} → {score["output"]:.2f} dB'
-            measured += f', {score["least gain of a photo"]:+.2f} dB for the photo that gains least'
+            if 'least gain of a photo' in score:
+                least = score['least gain of a photo']
+                measured += f', {least:+.2f} dB for the photo that gains least'
             for other in ('SSIM', 'feature distance', 'top octave'):
                 if other in score:
                     measured += f', {other} {score[other][0]:.3f} → {score[other][1]:.3f}'
@@ -324,6 +380,7 @@ MEASUREMENTS: list[Callable] = [
     memory_of_crappify,
     damage_of_gan,
     speed_of_predict,
+    speed_of_enlarging,
     memory_of_predict,
     speed_of_training,
     speed_of_unet_training,

@@ -26,12 +26,14 @@ from enhance_lib.measure import (
     unenhanced,
 )
 from enhance_lib.photos import Budget, PhotoError, find_photos, open_photo
+from enhance_lib.realtime import compare_ways
 from enhance_lib.workbench import save_weights
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
-LESSONS = ('srcnn', 'jpeg_restorer', 'unet', 'gan')  # modules with PUBLISHED and train_published
+# Modules with PUBLISHED and train_published.
+LESSONS = ('srcnn', 'jpeg_restorer', 'unet', 'gan', 'realtime')
 # Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
 PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
 
@@ -89,11 +91,32 @@ def scores_of_enlarging(model, scale):
     if not pairs:
         return {}
     measure = partial(luma_psnr, shave=scale)
-    protocol = (
-        f'luma PSNR (BT.601, studio range), {scale} pixels shaved, small photos by '
-        "MATLAB's bicubic, input enlarged by Pillow's"
-    )
-    return {'Set5': {**scored(model, pairs, measure), 'protocol': protocol}}
+    by = f'luma PSNR (BT.601, studio range), {scale} pixels shaved'
+    protocol = f"{by}, small photos by MATLAB's bicubic, input enlarged by Pillow's"
+    scores = {'Set5': {**scored(model, pairs, measure), 'protocol': protocol}}
+    if not model.card['name'].startswith('realtime'):
+        return scores
+    net, outputs = feature_net(), [model.predict(small) for small, _ in pairs]
+    both = [
+        [feature_distance(p, good, net) for p in (unenhanced(small, good.size), y)]
+        for y, (small, good) in zip(outputs, pairs)
+    ]
+    scores['Set5']['feature distance'] = [round(mean(values), 4) for values in zip(*both)]
+    photos = [good for _, good in pairs]
+    table = compare_ways({'it': model}, photos, scale)
+    scores['Set5, any way'] = {
+        'input': round(table.loc['mean', 'bicubic'], 2),
+        'output': round(table.loc['mean', 'it'], 2),
+        'by way': table['it'].drop('mean').round(2).to_dict(),
+        'protocol': f'{by}, mean over five ways to make photos small (lesson 09)',
+    }
+    folder = SHARED / 'bsds500' / 'val'
+    if folder.is_dir():
+        recipe = TASKS[model.card['task']]
+        pairs = [recipe.pair(open_photo(p, 'RGB')) for p in find_photos(folder)]
+        score = scored(model, pairs, measure)
+        scores['BSDS500 val'] = {**score, 'protocol': f"{by}, small photos by Pillow's bicubic"}
+    return scores
 
 
 def scores_of_gan(model):
@@ -141,7 +164,7 @@ def train(name, module, folders, budget, home, out, workers):
     "Train one model, going on from its checkpoint, and write weights and card."
     plan = module.PUBLISHED[name]
     task = plan['task']
-    last = plan['rounds'][-1]
+    last = plan['game'] if 'game' in plan else plan['rounds'][-1]
     recipe = last['recipe'] if 'recipe' in last else TASKS[task]
     photos = [p for folder in folders for p in find_photos(folder)]
     model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget, workers)

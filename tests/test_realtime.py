@@ -1,0 +1,606 @@
+"""Super-resolution in real time: the network, the relativistic game, and what is refused."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from beside import SHARED, yardstick
+from fastai.callback.core import Callback
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import enhance_lib.realtime as module
+from enhance_lib.feature_loss import FeatureLoss, feature_extractor
+from enhance_lib.measure import WEIGHTS, FeatureNet, read_card, to_tensor
+from enhance_lib.photos import Budget, PhotoError, open_photo, sample_photo, save_photo
+from enhance_lib.realtime import (
+    PUBLISHED,
+    RRDB,
+    WAYS,
+    DenseBlock,
+    DenseCritic,
+    Film,
+    MovingAverage,
+    RealtimeSR,
+    StrengthSlider,
+    between,
+    compare_ways,
+    enhance_image,
+    fold_batch_norm,
+    generator_content,
+    made_small,
+    output_speed,
+    realtime_gan,
+    realtime_learner,
+    relativistic_loss,
+    save_gif,
+    train_published,
+)
+from enhance_lib.workbench import KeepGoing, load_model, recipe_dls, save_weights, set_seed
+
+SET5 = SHARED / 'data' / 'bench' / 'Set5'
+has_set5 = pytest.mark.skipif(not SET5.is_dir(), reason='Set5 does not lie beside it')
+
+
+def one_line(error):
+    "The words of an error, which must be one sentence or two, not a page."
+    words = str(error.value)
+    assert '\n' not in words and len(words) < 400
+    return words
+
+
+class Seen(FeatureNet):
+    "Features of one convolution with fixed weights."
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), (1,))
+
+
+def pieces(n=4, side=72, seed=0):
+    "Pieces of photos."
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
+        left, top = (int(rng.integers(s - side)) for s in photo.size)
+        found.append(photo.crop((left, top, left + side, top + side)))
+    return found
+
+
+def small_dls(scale=4, n=4, size=64, bs=2):
+    return recipe_dls(pieces(n), pieces(2, seed=1), made_small('any', scale), size, bs)
+
+
+def stirred(model, seed=0):
+    "The same network with other weights and statistics everywhere, as if it had been trained."
+    torch.manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.05)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
+            nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    return model
+
+
+# The network
+
+
+def test_a_dense_block_by_hand():
+    "With 1×1 pictures only the middle of each kernel counts, so it can be written as matrices."
+    torch.manual_seed(0)
+    block = DenseBlock(channels=4, growth=2)
+    nn.init.constant_(block.skip, 0.5)
+    x = torch.randn(1, 4, 1, 1)
+    w1, w2, w3 = (c[0].weight[:, :, 1, 1] for c in (block.conv1, block.conv2, block.conv3))
+    b1, b2, b3 = (c[0].bias for c in (block.conv1, block.conv2, block.conv3))
+    v = x[0, :, 0, 0]
+
+    def prelu(z):
+        return torch.where(z > 0, z, 0.25 * z)  # 0.25 is how PyTorch begins
+
+    a = prelu(w1 @ v + b1)
+    b = prelu(w2 @ torch.cat([v, a]) + b2)
+    wanted = v + 0.5 * (w3 @ torch.cat([a, b]) + b3)  # the third does not see x itself
+    torch.testing.assert_close(block(x)[0, :, 0, 0], wanted)
+
+
+def test_the_skip_of_an_rrdb_goes_around_all():
+    "Where it is 0, nothing is added; it is learned, and so are those inside."
+    rrdb = RRDB()
+    x = torch.rand(1, 64, 6, 6)
+    nn.init.zeros_(rrdb.skip)
+    assert torch.equal(rrdb(x), x)
+    scales = [name for name, p in rrdb.named_parameters() if p.ndim == 0]
+    assert len(scales) == 4 and 'skip' in scales
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('options', [{}, {'wide': True}, {'norm': True}])
+def test_an_untrained_network_is_bicubic(scale, options):
+    "As Pillow has it, away from the border and up to rounding."
+    photo = sample_photo('cat').crop((0, 0, 40, 32))
+    made = RealtimeSR(scale, 1, **options).predict(photo)
+    size = (40 * scale, 32 * scale)
+    wanted = photo.resize(size, Image.Resampling.BICUBIC)
+    assert made.size == size
+    assert np.abs(np.asarray(made, int) - np.asarray(wanted, int)).max() <= 1
+
+
+def values(model):
+    "Numbers in a network: weights, and what batch norm has counted."
+    return sum(v.numel() for v in model.state_dict().values() if v.is_floating_point())
+
+
+def test_its_size():
+    "By hand; the one that it is after has 1.34 million values, and none has more than 1.35."
+    dense = (64 * 32 + 96 * 32 + 64 * 64) * 9 + (32 + 32 + 64) + 2 + 1
+    others = 3 * 64 * 9 + 64 + 64 * 64 * 9 + 64
+    last = 64 * 48 * 9 + 48
+    assert values(RealtimeSR()) == 4 * (3 * dense + 1) + others + last == 1_063_320
+    assert values(RealtimeSR(wide=True, norm=True)) == pytest.approx(1.34e6, abs=5e3)
+    assert values(RealtimeSR(wide=True, norm=True)) <= 1.35e6
+
+
+@pytest.mark.parametrize('wrong', [0, 1, 5, 8, 2.0, True, 'x4', None])
+def test_another_scale_is_refused(wrong):
+    with pytest.raises(PhotoError, match='2, 3 or 4') as error:
+        RealtimeSR(wrong)
+    one_line(error)
+
+
+@pytest.mark.parametrize('wrong', [0, -1, 1.5])
+def test_no_blocks_are_refused(wrong):
+    with pytest.raises(PhotoError, match='1 or more'):
+        RealtimeSR(n_blocks=wrong)
+
+
+def test_tiles_make_no_difference():
+    "The margin is how far the network sees, so that tiles give what the whole photo gives."
+    whole = stirred(RealtimeSR(2, 1)).eval()
+    model = copy.deepcopy(whole)
+    model.tile = 24
+    photo = sample_photo('coffee').crop((0, 0, 70, 61))
+    a, b = (np.asarray(m.predict(photo, fast=False), int) for m in (model, whole))
+    assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize('options', [{'scale': 4}, {'scale': 2, 'wide': True}])
+def test_folding_batch_norm_changes_nothing(options):
+    "And what comes out is an ordinary network without it."
+    model = stirred(RealtimeSR(n_blocks=1, norm=True, **options))
+    before = copy.deepcopy(model.state_dict())
+    folded = fold_batch_norm(model)
+    x = torch.rand(1, 3, 17, 23)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model.eval()(x), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), 'it was changed'
+    fresh = RealtimeSR(**folded.arguments).eval()
+    fresh.load_state_dict(folded.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(x), folded(x))
+
+
+def test_speed_is_counted_in_output():
+    "Frames of 64×32 pixels."
+    found = output_speed(RealtimeSR(4, 1), 64, 32, 'cpu', repeats=1)
+    assert found['MP/s'] == pytest.approx(found['frames/s'] * 64 * 32 / 1e6)
+
+
+# Made small in some way
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_ways_by_hand(way):
+    "A row of 8 pixels of which only the last of each four is white."
+    row = np.tile(np.array([0, 0, 0, 255], np.uint8), (8, 2))
+    photo = Image.fromarray(np.repeat(row[:, :, None], 3, 2))
+    found = np.asarray(made_small(way)(photo))[:, :, 0]
+    assert found.shape == (2, 2)
+    if way in ('nearest', 'bilinear'):  # pixel 2 alone; or pixels 1 and 2, half of each
+        assert (found == 0).all()
+    if 'antialiased' in way:  # near a quarter of the light
+        assert found.mean() == pytest.approx(255 / 4, abs=16)
+
+
+def test_any_way_is_drawn_anew():
+    "Each of them comes up, and a seed gives the same again."
+    photo = sample_photo('china').crop((0, 0, 64, 64))
+    found = {made_small('any')(photo, seed).tobytes() for seed in range(40)}
+    wanted = {made_small(way)(photo).tobytes() for way in WAYS}
+    assert found == wanted and len(wanted) == len(WAYS)
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+def test_wild_makes_small_too(scale):
+    photo = sample_photo('cat').crop((0, 0, 98, 86))
+    for seed in range(5):
+        small, good = made_small('wild', scale).pair(photo, seed)
+        assert good.size == (small.width * scale, small.height * scale)
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(PhotoError, match='Did you mean nearest') as error:
+        made_small('neerest')
+    one_line(error)
+
+
+def test_comparing_ways_measures_bicubic_rightly():
+    "Bicubic beside a network that is bicubic: the same, in every row, up to rounding."
+    table = compare_ways({'untrained': RealtimeSR(2, 1)}, [sample_photo('cat')], 2)
+    assert list(table.index) == [*WAYS, 'mean']
+    assert table['untrained'].to_numpy() == pytest.approx(table['bicubic'].to_numpy(), abs=0.05)
+    assert table.loc['mean', 'bicubic'] == pytest.approx(table['bicubic'][:-1].mean())
+
+
+# The game
+
+
+def test_the_relativistic_loss_by_hand():
+    "On 2 and 0 for photos, 1 and -1 for pictures; written with logarithms, and swapped."
+    photos, pictures = torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0], [-1.0]])
+
+    def cost(z):
+        return math.log(1 + math.exp(-z))  # -log σ(z)
+
+    critic = (cost(2) + cost(0)) / 2 + (cost(0) + cost(2)) / 2
+    generator = (cost(-2) + cost(0)) / 2 + (cost(0) + cost(-2)) / 2
+    assert float(relativistic_loss(photos, pictures)) == pytest.approx(critic, abs=1e-6)
+    assert float(relativistic_loss(pictures, photos)) == pytest.approx(generator, abs=1e-6)
+    far = torch.tensor([[1e4]])
+    assert float(relativistic_loss(-far, far)) == pytest.approx(4e4)  # no overflow
+
+
+def test_the_critic_gives_one_number_for_any_size():
+    critic = DenseCritic(8)
+    for size in ((32, 32), (40, 64)):
+        assert critic(torch.rand(3, 3, *size)).shape == (3, 1)
+    kernels = [m for m in critic.modules() if isinstance(m, nn.Conv2d)]
+    assert [k.out_channels for k in kernels] == [8, 8, 16, 16, 32, 32, 64, 64]
+    assert [k.stride[0] for k in kernels] == [1, 2] * 4
+    assert isinstance(critic.body[1], nn.LeakyReLU), 'no batch norm right after the picture'
+    with pytest.raises(PhotoError, match='32×32 pixels or more, and got 31×32'):
+        critic(torch.rand(1, 3, 32, 31))
+
+
+@pytest.fixture
+def content(monkeypatch):
+    "A content loss on a feature network that is there."
+    loss = FeatureLoss(Seen(), features=(1.0,), gram=(), pixel=0.0)
+    monkeypatch.setattr(module, 'generator_content', lambda *a, **k: loss)
+    return loss
+
+
+def a_game(content, **options):
+    set_seed(1)
+    options = {'every': 2, 'net': Seen(), 'half': False} | options
+    return realtime_gan(small_dls(), RealtimeSR(4, 1), DenseCritic(4), content, **options)
+
+
+def test_the_losses_of_the_game_by_hand(content):
+    learn = a_game(content, adversarial=0.3)
+    gan, loss = learn.model, learn.loss_func
+    gan.generator = stirred(gan.generator)
+    small, good = learn.dls.one_batch()
+    gan.eval()
+    with torch.no_grad():
+        made = gan.generator(small)
+        real, fake = gan.critic(good), gan.critic(made)
+        wanted = content(made, good) + 0.3 * relativistic_loss(fake, real)
+        torch.testing.assert_close(loss.generator(made, good), wanted)
+        torch.testing.assert_close(loss.critic(real, small), relativistic_loss(real, fake))
+
+
+def test_they_take_turns(content):
+    "One step each in an epoch; who is not on stays as it is."
+    seen = []
+
+    class Look(Callback):
+        order = 90
+
+        def before_batch(self):
+            self.before = copy.deepcopy(self.learn.model.state_dict())
+
+        def after_step(self):
+            now = dict(self.learn.model.named_parameters())
+            seen.append({n.split('.')[0] for n, p in now.items() if not p.equal(self.before[n])})
+
+    learn = a_game(content)
+    learn.fit(4, 1e-3, cbs=Look())
+    assert len(seen) == 8, seen
+    # fastai begins an epoch with the generator, which validation needs last, but for the first
+    pairs = list(zip(seen[::2], seen[1::2]))
+    assert pairs[0] == ({'critic'}, {'generator'})
+    assert all(a != b and len(a) == len(b) == 1 for a, b in pairs), seen
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(Callback):
+    order = 95
+
+    def __init__(self, epoch):
+        self.at = epoch
+
+    def before_epoch(self):
+        if self.epoch == self.at:
+            raise Killed('here')
+
+
+@pytest.mark.parametrize('kill', [1, 2])
+def test_a_game_goes_on_as_if_it_had_not_been_killed(kill, content, tmp_path):
+    "Both networks, both averages, and what was seen."
+
+    def run(path, *cbs):
+        learn, average = a_game(content), MovingAverage(0.9)
+        keep_going = KeepGoing(path, watch=learn.watch, average=average)
+        try:
+            learn.fit(3, 1e-3, cbs=[average, keep_going, *cbs])
+        except Killed:
+            return None
+        average.keep()
+        return learn
+
+    straight = run(tmp_path / 'a.ckpt')
+    assert run(tmp_path / 'b.ckpt', Kill(kill)) is None
+    again = run(tmp_path / 'b.ckpt')
+    a, b = (learn.model.state_dict() for learn in (straight, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert straight.watch.looks == again.watch.looks
+
+
+def test_a_loss_of_nan_stops_the_game(content):
+    learn = a_game(lambda made, good: (made * float('nan')).mean())
+    with pytest.raises(PhotoError, match='The loss of the generator is nan'):
+        learn.fit(2, 1e-3)
+
+
+@pytest.mark.parametrize('network', ['squeezenet', 'vgg19'])
+def test_content_is_nothing_for_the_same_and_pixels_add(network):
+    "With random weights: the shapes fit, and L1 on pixels comes on top with its weight."
+    torch.manual_seed(0)
+    loss = generator_content(network, weights='random')
+    torch.manual_seed(0)
+    with_pixels = generator_content(network, 0.5, weights='random')
+    y = to_tensor(sample_photo('cat').crop((0, 0, 64, 64)))
+    x = (y + 0.1).clamp(0, 1)
+    assert float(loss(y, y)) == pytest.approx(0, abs=1e-6)
+    added = float(with_pixels(x, y)) - float(loss(x, y))
+    assert float(loss(x, y)) > 0 and added == pytest.approx(0.5 * float(F.l1_loss(x, y)), rel=0.02)
+
+
+def test_another_content_is_refused():
+    with pytest.raises(PhotoError, match="no content loss on 'vgg16'.*vgg19"):
+        generator_content('vgg16')
+
+
+def test_the_moving_average_by_hand():
+    "The mean of the first steps, then a share of each new one."
+    learn = realtime_learner(small_dls(), RealtimeSR(4, 1), half=False)
+    seen = []
+
+    class Look(Callback):
+        def after_batch(self):
+            if self.training:
+                seen.append(float(self.learn.model.body[0].skip))
+
+    average = MovingAverage(0.6)
+    learn.fit(2, 1e-2, cbs=[average, Look()])
+    assert len(seen) == 4 and len(set(seen)) == 4
+    wanted = seen[0]
+    for i, value in enumerate(seen[1:], 2):
+        wanted += max(1 / i, 0.4) * (value - wanted)
+    average.keep()
+    assert float(learn.model.body[0].skip) == pytest.approx(wanted, abs=1e-6)
+
+
+# Film and animation
+
+
+def test_a_film_of_a_training(tmp_path):
+    photo = sample_photo('cat').crop((0, 0, 16, 12))
+    film = Film(photo, every=3)
+    learn = realtime_learner(small_dls(), RealtimeSR(4, 1), half=False)
+    learn.fit(2, 1e-2, cbs=film)
+    assert list(film.frames) == ['step 0', 'step 3']
+    path = save_gif([*film.frames.values()], tmp_path / 'film.gif', seconds=0.1)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 2 and gif.size == (64, 48)
+        assert gif.info['duration'] == 100
+    with pytest.raises(PhotoError, match='no frames'):
+        save_gif([], tmp_path / 'none.gif')
+
+
+# The knob
+
+
+def test_between_two_networks():
+    "The ends are the two; half way is their mean; neither of them changes."
+    a, b = stirred(RealtimeSR(2, 1), 1), stirred(RealtimeSR(2, 1), 2)
+    before = copy.deepcopy(a.state_dict())
+    for strength in (0, 0.5, 1):
+        made = between(a, b, strength).state_dict()
+        for name, value in made.items():
+            wanted = (1 - strength) * a.state_dict()[name] + strength * b.state_dict()[name]
+            torch.testing.assert_close(value, wanted)
+    assert all(torch.equal(before[k], v) for k, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize('wrong', [-0.1, 1.1, float('nan'), float('inf')])
+def test_a_strength_outside_its_range_is_refused(wrong):
+    a = RealtimeSR(2, 1)
+    with pytest.raises(PhotoError, match='from 0 to 1'):
+        between(a, a, wrong)
+
+
+def test_nothing_is_between_different_networks():
+    with pytest.raises(PhotoError, match='different layers'):
+        between(RealtimeSR(2, 1), RealtimeSR(4, 1), 0.5)
+
+
+def test_the_slider_shows_what_was_asked_for():
+    photo = sample_photo('cat').crop((0, 0, 20, 16))
+    slider = StrengthSlider(stirred(RealtimeSR(2, 1), 1), stirred(RealtimeSR(2, 1), 2), photo, 3)
+    assert list(slider.photos) == [0.0, 0.5, 1.0]
+    shown = set()
+    for strength in slider.photos:
+        slider.slider.value = strength
+        assert slider.picture.value == slider.photos[strength]
+        shown.add(slider.picture.value)
+    assert len(shown) == 3
+    assert 'image/png' in slider._repr_mimebundle_()
+
+
+# One call
+
+
+@pytest.fixture
+def tiny():
+    return RealtimeSR(4, 1).eval()
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA', 'P', 'I;16', 'CMYK', '1'])
+def test_photos_of_any_mode_are_enlarged(mode, tiny, tmp_path):
+    photo = sample_photo('cat').crop((0, 0, 12, 9))
+    if mode == 'I;16':
+        photo = Image.fromarray(np.asarray(photo.convert('L'), np.uint16) * 257)
+    else:
+        photo = photo.convert(mode)
+    better = enhance_image(photo, sr_path=tmp_path / 'better.png', model=tiny)
+    assert better.size == (48, 36)
+    assert better.mode == {'L': 'L', '1': 'L', 'I;16': 'L', 'LA': 'LA', 'RGBA': 'RGBA'}.get(
+        mode, 'RGB'
+    )
+    assert open_photo(tmp_path / 'better.png', None).size == (48, 36)
+
+
+def test_a_photo_or_a_path(tiny, tmp_path):
+    "Both give the same, and one of them is needed."
+    photo = sample_photo('cat').crop((0, 0, 12, 9))
+    path = save_photo(photo, tmp_path / 'small.png')
+    assert enhance_image(lr_path=path, model=tiny) == enhance_image(photo, model=tiny)
+    for options in ({}, {'lr_image': photo, 'lr_path': path}):
+        with pytest.raises(PhotoError, match='either'):
+            enhance_image(**options, model=tiny)
+
+
+def test_it_can_be_shown(tiny, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(module, 'show_photos', lambda photos, width: shown.update(photos))
+    enhance_image(Image.new('L', (9, 9)), visualize=True, model=tiny)
+    assert [p.size for p in shown.values()] == [(36, 36)] * 2
+
+
+@pytest.mark.parametrize('size', [(7, 100), (100, 7), (1, 1)])
+def test_too_small_a_photo_is_refused(size, tiny):
+    with pytest.raises(PhotoError, match='8×8 or more') as error:
+        enhance_image(Image.new('RGB', size), model=tiny)
+    one_line(error)
+
+
+def test_too_large_an_output_is_refused_before_it_is_computed(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(RealtimeSR, 'predict', lambda *a, **k: pytest.fail('it was computed'))
+    with pytest.raises(PhotoError, match='10400×10400 pixels, more than 100 million') as error:
+        enhance_image(Image.new('RGB', (2600, 2600)), sr_path=tmp_path / 'a.png', model=tiny)
+    one_line(error)
+    with pytest.raises(PhotoError, match='48×48'):
+        enhance_image(Image.new('RGB', (12, 12)), model=tiny, max_pixels=2000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('scale', [1, 3, 8, 0, -4])
+def test_a_scale_that_there_is_no_model_for(scale, tiny):
+    with pytest.raises(PhotoError, match='2 or 4'):
+        enhance_image(Image.new('RGB', (9, 9)), scale=scale)
+    with pytest.raises(PhotoError, match='enlarges 4 times'):
+        enhance_image(Image.new('RGB', (9, 9)), scale=scale, model=tiny)
+
+
+def test_what_is_no_photo(tiny, tmp_path):
+    (tmp_path / 'text.jpg').write_text('no photo at all')
+    for path in (tmp_path / 'text.jpg', tmp_path / 'none.png', tmp_path):
+        with pytest.raises(PhotoError) as error:
+            enhance_image(lr_path=path, sr_path=tmp_path / 'out.png', model=tiny)
+        assert path.name in one_line(error)
+    assert not (tmp_path / 'out.png').exists()
+
+
+# What is published
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_every_round_of_the_published_training_runs(name, content, tmp_path, monkeypatch):
+    "At the smallest budget; each leaves its checkpoint, and does not begin again from there."
+    paths = [save_photo(p, tmp_path / f'{i}.png') for i, p in enumerate(pieces(5, 160))]
+    monkeypatch.setattr(module, 'load_model', lambda name: RealtimeSR(4, 1))
+    monkeypatch.setattr(module, 'RealtimeSR', lambda scale: RealtimeSR(scale, 1))
+    monkeypatch.setattr(module, 'realtime_gan', lambda *a, **k: realtime_gan(*a, **k, net=Seen()))
+    model, history = train_published(name, paths, tmp_path / 'a.ckpt', Budget('smoke'))
+    plan = PUBLISHED[name]
+    assert len(history) == len(plan['rounds']) + ('game' in plan)
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert model.scale == plan['scale']
+    kept = {p.name for p in tmp_path.glob('*.ckpt')}
+    rounds = {f'a.{i}.ckpt' for i in range(len(plan['rounds']))}
+    assert kept == rounds | ({'a.game.ckpt'} if 'game' in plan else set())
+    with pytest.raises(PhotoError, match=name):
+        train_published(name + 'q', paths, tmp_path / 'b.ckpt', Budget('smoke'))
+
+
+def on_card(name, where):
+    "What the card of a model says about some photos."
+    return read_card(WEIGHTS / f'{name}.json')['scores'][where]
+
+
+@pytest.mark.parametrize('name, least', [('realtime-x4', 31.2), ('realtime-x2', 37.0)])
+def test_psnr_on_set5(name, least):
+    assert on_card(name, 'Set5')['output'] >= least
+
+
+def test_psnr_on_bsds():
+    assert on_card('realtime-x4', 'BSDS500 val')['output'] >= 26.9
+
+
+def test_any_way_is_half_a_decibel_better_in_the_mean():
+    means = [on_card(f'realtime-x4{kind}', 'Set5, any way') for kind in ('', '-any')]
+    assert means[1]['output'] >= means[0]['output'] + 0.5
+
+
+def test_the_gan_halves_the_feature_distance_of_bicubic():
+    before, after = on_card('realtime-x4-gan', 'Set5')['feature distance']
+    assert after <= before / 2
+
+
+@has_set5
+@pytest.mark.parametrize('name', ['realtime-x4', 'realtime-x2'])
+def test_the_card_is_right_by_an_independent_measure(name):
+    model = load_model(name)
+    found, _ = yardstick().score_sr(model.predict, SHARED / 'data' / 'bench', 'Set5', model.scale)
+    assert found == pytest.approx(on_card(name, 'Set5')['output'], abs=0.02)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_what_is_published_is_small(name):
+    "At most 5.4 MB in float32, and half of that on the disk."
+    assert values(load_model(name)) * 4 <= 5.4e6
+    assert (WEIGHTS / f'{name}.safetensors').stat().st_size <= 2.8e6
+
+
+def test_weights_come_back(tmp_path):
+    model = stirred(RealtimeSR(3, 1, norm=True, wide=True))
+    save_weights(model, tmp_path / 'own.safetensors')
+    photo = sample_photo('cat').crop((0, 0, 20, 16))
+    assert load_model(tmp_path / 'own.safetensors').predict(photo) == model.predict(photo)
+
+
+def test_features_can_be_had_from_a_file(monkeypatch, tmp_path):
+    "A file that is not there is named, and no training begins."
+    monkeypatch.setenv('ENHANCE_FEATURES', str(tmp_path / 'none.pth'))
+    with pytest.raises(PhotoError, match='none.pth'):
+        feature_extractor()

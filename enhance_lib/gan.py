@@ -381,10 +381,9 @@ def plot_game(
     losses = axes[0, 0]
     for who, color in (('critic', 'tab:blue'), ('generator', 'tab:orange')):
         rows = [row for row in watch.steps if row['who'] == who]
-        style = {'color': color, 'marker': '.' if len(rows) < 30 else None, 'label': who}
-        losses.plot([r['step'] for r in rows], [r['loss'] for r in rows], **style)
+        losses.plot([r['step'] for r in rows], [r['loss'] for r in rows], color=color, label=who)
     turns = np.array([[row['who'] == 'generator' for row in watch.steps]])
-    strip = losses.inset_axes([0, 1.02, 1, 0.06])  # above it; blue where the critic trained
+    strip = losses.inset_axes([0, 0, 1, 0.06])  # blue where the critic trained
     colours = plt.matplotlib.colors.ListedColormap(['tab:blue', 'tab:orange'])
     strip.imshow(turns, aspect='auto', cmap=colours, vmin=0, vmax=1, interpolation='nearest')
     strip.axis('off')

@@ -631,7 +631,7 @@ def train_published(
     valid = sorted(set(photos))[::20]
     train = [p for p in photos if p not in valid]
     model, history = _started(plan), []
-    short = {**_crops(32 * plan['scale'], 4, 1), 'epochs': 1}
+    short = {**_crops(16 * plan['scale'], 4, 1), 'epochs': 1}
     options = {'valid_size': budget(64, 64, 144), 'cache': 5000, 'n_workers': n_workers}
     loaders = partial(recipe_dls, train, valid, **options)
     for i, part in enumerate(plan['rounds']):

@@ -502,7 +502,7 @@ def enhance_image(
     lr_path: str | Path | None = None,  # …or where it lies
     sr_path: str | Path | None = None,  # where the enlarged photo goes, if it is to be saved
     visualize: bool = False,  # show it beside what bicubic gives
-    size: tuple = (12, 6),  # of what is shown, in inches
+    size: tuple = (12, 6),  # of what is shown, in inches; the height follows from the photo
     scale: int = 4,  # times per side: 2 or 4
     model: str | Path | PhotoModel | None = None,  # by default `realtime-x4-gan` or `realtime-x2`
     device=None,  # by default the fastest here
@@ -620,7 +620,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: each round, and the game, has its own to go on from
-    budget: Budget,  # full takes 15 to 60 minutes on two CPU cores with bfloat16
+    budget: Budget,  # full takes 12 to 25 minutes on two CPU cores with bfloat16
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."

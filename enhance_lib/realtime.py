@@ -456,7 +456,7 @@ def between(
 
 # %% ../nbs/09_realtime.ipynb #c72b819b
 class StrengthSlider:
-    "What lies between two networks, with a slider. Show it as the last line of a cell."
+    "What lies between two networks, with a slider; a cell's last line. Raises `PhotoError`."
 
     def __init__(
         self,
@@ -467,6 +467,8 @@ class StrengthSlider:
     ):
         import ipywidgets as widgets
 
+        if steps < 2:
+            raise PhotoError(f'{steps} strengths are not enough for a slider: 2 or more.')
         self.photos = {}
         for i in range(steps):
             strength = round(i / (steps - 1), 2)

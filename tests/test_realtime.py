@@ -457,6 +457,12 @@ def test_the_slider_shows_what_was_asked_for():
     assert 'image/png' in slider._repr_mimebundle_()
 
 
+@pytest.mark.parametrize('steps', [0, 1, -3])
+def test_a_slider_needs_two_strengths(steps):
+    with pytest.raises(PhotoError, match='2 or more'):
+        StrengthSlider(RealtimeSR(2, 1), RealtimeSR(2, 1), Image.new('RGB', (9, 9)), steps)
+
+
 # One call
 
 

@@ -102,6 +102,7 @@ class ImageRestorer(PhotoModel):
 
     margin = 8  # how far it sees: a pixel for each of six 3×3 kernels, two for the 5×5
     tile = 256
+    memory = 1100
 
     def __init__(
         self,
@@ -377,6 +378,7 @@ class BlindRestorer(PhotoModel):
     margin = 80  # how far it sees
     multiple = 8  # whole blocks
     tile = 2048  # large, as its margin is
+    memory = 400
     piece = 256  # side of what is restored at a time: small enough for the processor's cache
 
     def __init__(self):

@@ -7,7 +7,7 @@ __all__ = ['SAMPLES', 'FORMATS', 'SUFFIXES', 'MODES', 'DATASETS', 'PhotoError', 
            'sample_photo', 'sample_photos', 'show_photos', 'use_small_figures', 'kept_info', 'open_photo',
            'write_atomically', 'save_photo', 'find_photos', 'name_lot', 'write_table', 'read_table', 'tile_boxes',
            'cut_tiles', 'join_tiles', 'make_sheet', 'split_sheet', 'PhotoSet', 'datasets_table', 'datasets_markdown',
-           'data_folder', 'get_dataset', 'upload_button', 'uploaded_photo', 'check']
+           'data_folder', 'get_dataset', 'upload_button', 'uploaded_file', 'uploaded_photo', 'check']
 
 # %% ../nbs/00_photos.ipynb #ab57c7d1
 import hashlib
@@ -858,19 +858,27 @@ def upload_button():
     )
 
 
+def uploaded_file(
+    button,  # from `upload_button`
+) -> tuple[str, bytes] | None:  # its name and what is in it
+    "The file that was uploaded; None until then."
+    if not button.value:
+        return None
+    if isinstance(button.value, dict):  # ipywidgets 7: {name: {'content': bytes, …}}
+        name, file = next(iter(button.value.items()))
+    else:  # ipywidgets 8: ({'name': name, 'content': memoryview, …},)
+        name, file = button.value[0]['name'], button.value[0]
+    return name, bytes(file['content'])
+
+
 def uploaded_photo(
     button,  # from `upload_button`
     otherwise: Image.Image,  # the photo to use as long as nothing was uploaded
     mode: str | None = 'RGB',  # as for `open_photo`
 ) -> Image.Image:
     "The photo that was uploaded, or another one until then."
-    if not button.value:
-        return otherwise
-    if isinstance(button.value, dict):  # ipywidgets 7: {name: {'content': bytes, …}}
-        name, file = next(iter(button.value.items()))
-    else:  # ipywidgets 8: ({'name': name, 'content': memoryview, …},)
-        name, file = button.value[0]['name'], button.value[0]
-    return open_photo(bytes(file['content']), mode, name)
+    file = uploaded_file(button)
+    return open_photo(file[1], mode, file[0]) if file else otherwise
 
 # %% ../nbs/00_photos.ipynb #1f205373
 def check(

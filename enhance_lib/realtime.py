@@ -107,6 +107,7 @@ class RealtimeSR(PhotoModel):
     "Enlarge with RRDBs on the small photo and a pixel shuffle, added to what bicubic gives."
 
     tile = 512
+    memory = 1600
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class SRCNN(PhotoModel):
         self.arguments = {'scale': scale, 'residual': residual}
         self.scale, self.residual = scale, residual
         self.tile = 256 // scale  # 256 pixels once they are enlarged
+        self.memory = 550 * scale**2
         self.conv1 = nn.Conv2d(1, 64, 9)  # patches: 64 filters look at 9×9 pixels
         self.conv2 = nn.Conv2d(64, 32, 1)  # mapping: each pixel's 64 numbers to 32
         self.conv3 = nn.Conv2d(32, 1, 5)  # reconstruction: 5×5 neighbours make a pixel

@@ -100,8 +100,10 @@ class UNet(PhotoModel):
     "A U-Net on an encoder of timm's (Ronneberger et al. 2015), which predicts the residual."
 
     multiple = 32  # the encoder halves five times
-    margin = 128  # it sees further, so keep tiles few and large
+    margin = 128
+    exact = False  # it sees further, so keep tiles few and large
     tile = 1024
+    memory = 800
 
     def __init__(
         self,

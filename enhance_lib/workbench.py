@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop_pair', 'Pairs', 'pair_loaders', 'recipe_dls',
            'folder_dls', 'AutocastCPU', 'half_precision', 'random_states', 'set_random_states', 'Order',
-           'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'save_weights', 'published', 'load_model']
+           'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'grown_box', 'save_weights', 'published',
+           'load_model']
 
 # %% ../nbs/03_workbench.ipynb #50501b0f
 import copy
@@ -479,6 +480,8 @@ class PhotoModel(nn.Module):
     tile = 256  # side of the tiles, in pixels of the input, without their margins
     multiple = 1  # sides of what `forward` gets are made divisible by this
     gray = False  # whether it takes gray photos (1 channel) as they are
+    exact = True  # it sees no further than `margin`, so that tiles give what the whole photo would
+    memory = 2000  # bytes that each pixel of a tile takes while it is computed, about
 
     def enhance(
         self,
@@ -488,8 +491,14 @@ class PhotoModel(nn.Module):
         return self(x)
 
 # %% ../nbs/03_workbench.ipynb #9fb15c66
-def _grown(box, margin, multiple, width, height):
-    "`box` grown by `margin` to all sides, and to the grid of `multiple`, as far as the photo goes."
+def grown_box(
+    box: tuple,  # (left, top, right, bottom) in pixels
+    margin: int,  # pixels to all sides
+    multiple: int,  # …and further, to whole steps of a grid
+    width: int,  # of the photo
+    height: int,  # the same
+) -> tuple:  # (left, top, right, bottom)
+    "`box` with a margin around it, as far as the photo goes."
     left, top, right, bottom = box
     return (
         max(left - margin, 0) // multiple * multiple,
@@ -499,23 +508,28 @@ def _grown(box, margin, multiple, width, height):
     )
 
 # %% ../nbs/03_workbench.ipynb #c5471a1c
-def _run(model, x, fast):
-    "`enhance` a tile of any size on a device, in half precision where that is `fast` and works."
+@patch
+def infer(
+    self: PhotoModel,  # in eval mode, on the device of x
+    x: torch.Tensor,  # (1, 1 or 3, H, W) in [0, 1], of any size
+    fast: bool = True,  # in half precision where the device is faster with it
+) -> torch.Tensor:  # (1, 1 or 3, scale * H, scale * W) in float32
+    "`enhance` a tile, in float32 where half precision does not work. Raises `PhotoError` for NaN."
     height, width = x.shape[2:]
     # a photo smaller than what the network sees would vanish in its convolutions
-    below = -(-max(height, model.margin) // model.multiple) * model.multiple - height
-    right = -(-max(width, model.margin) // model.multiple) * model.multiple - width
+    below = -(-max(height, self.margin) // self.multiple) * self.multiple - height
+    right = -(-max(width, self.margin) // self.multiple) * self.multiple - width
     if below or right:
         x = F.pad(x, (0, right, 0, below), mode='replicate')
     # not `contiguous`: a batch of one counts as channels_last with any stride, yet is slow without
     x = x.clone(memory_format=torch.channels_last)
     for half in [True, False] if fast and half_dtype(x.device) else [False]:
         with autocast(x.device, half):
-            y = model.enhance(x).float()
+            y = self.enhance(x).float()
         if y.isfinite().all():
-            return y[..., : height * model.scale, : width * model.scale]
+            return y[..., : height * self.scale, : width * self.scale]
     raise PhotoError(
-        f'{type(model).__name__} gave NaN or infinite values: its weights are spoilt. '
+        f'{type(self).__name__} gave NaN or infinite values: its weights are spoilt. '
         'Train it anew, or take other weights.'
     )
 
@@ -538,9 +552,9 @@ def predict(
     try:
         with torch.inference_mode():
             for box in tile_boxes(*photo.size, self.tile, 0):
-                left, top, right, bottom = _grown(box, self.margin, self.multiple, *photo.size)
+                left, top, right, bottom = grown_box(box, self.margin, self.multiple, *photo.size)
                 x = to_tensor(colours.crop((left, top, right, bottom))).to(device)
-                part = to_photo(_run(self, x, fast))
+                part = to_photo(self.infer(x, fast))
                 at = [self.scale * (side - from_) for side, from_ in zip(box, 2 * (left, top))]
                 better.paste(part.crop(at), (box[0] * self.scale, box[1] * self.scale))
     finally:
@@ -636,7 +650,7 @@ def _find_class(card, path):
 
 # %% ../nbs/03_workbench.ipynb #2ccff232
 def load_model(
-    name: str | Path,  # one of `published()`, or the path of a .safetensors with its card beside it
+    name: str | Path = 'jpeg-blind',  # one of `published()`, or the path of a .safetensors
 ) -> PhotoModel:  # on the CPU, in eval mode; its `card` says what it is
     "A trained model, checked against its card. Raises `PhotoError`."
     from safetensors.torch import load

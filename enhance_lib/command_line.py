@@ -223,7 +223,7 @@ def _enhance_folder(sources, out, format, settings, compare):
 # %% ../nbs/command_line.ipynb #10a00003
 @command
 def enhance(
-    photos: Annotated[str, {'nargs': '*', 'opt': False}] = None,  # photos, or folders of photos
+    photos: Annotated[str, {'nargs': '*', 'opt': False}] = None,  # photos, or a folder of photos
     out: str = None,  # file for one photo, folder for more; by default PHOTO-enhanced beside it
     model: str = None,  # a published one (see --list) or a .safetensors file; by default chosen
     scale: str = 'auto',  # times per side; auto: small photos grow

@@ -54,10 +54,9 @@ _UPRIGHT = {  # EXIF orientation -> what turns an array (H, W, C) upright
 
 def _png_16(content):
     "The pixels of a 16-bit PNG."
-    from torchvision.io import decode_png
+    from imagecodecs import png_decode
 
-    x = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8))  # (C, H, W)
-    return x.permute(1, 2, 0).numpy()
+    return png_decode(content)
 
 
 def _tiff_16(content):
@@ -105,7 +104,8 @@ def open_pixels(
         content = source if isinstance(source, bytes) else None
         pixels = _deep_pixels(content or Path(source).read_bytes())
     n_channels = len(photo.getbands())
-    if pixels is None or pixels.shape != (photo.height, photo.width, n_channels):
+    kinds = (n_channels, 2) if n_channels == 4 else (n_channels,)  # gray with alpha opens as RGBA
+    if pixels is None or pixels.shape not in [(photo.height, photo.width, n) for n in kinds]:
         pixels = np.asarray(photo).reshape(photo.height, photo.width, n_channels)
     return pixels, kept_info(photo)
 
@@ -151,15 +151,15 @@ def _write_tiff_16(file, pixels, info):
     "TIFF of 16 bits with its profile."
     from tifffile import imwrite
 
+    options = {'iccprofile': info.get('icc_profile'), 'compression': 'zlib'}
     n_channels = pixels.shape[2]
-    imwrite(
-        file,
-        pixels if n_channels > 1 else pixels[..., 0],
-        photometric='rgb' if n_channels > 2 else 'minisblack',
-        planarconfig='contig' if n_channels > 1 else None,
-        extrasamples=['unassalpha'] if n_channels % 2 == 0 else None,
-        iccprofile=info.get('icc_profile'),
-    )
+    if n_channels == 1:
+        return imwrite(file, pixels[..., 0], photometric='minisblack', **options)
+    if n_channels == 2:  # few programs know a gray TIFF with alpha
+        pixels = pixels[..., [0, 0, 0, 1]]
+    if pixels.shape[2] == 4:
+        options['extrasamples'] = ['unassalpha']
+    imwrite(file, pixels, photometric='rgb', planarconfig='contig', **options)
 
 
 def save_pixels(
@@ -459,10 +459,10 @@ def check_settings(
         isinstance(scale, (int, float)) and 0 < scale < math.inf  # NaN fails too
     ):
         raise PhotoError(f'A scale of {scale!r} is not possible: a number above 0, or auto.')
-    if level is not None and (level != int(level) or not 1 <= level <= 10):
-        raise PhotoError(f'A level of {level} is not possible: a whole number from 1 to 10.')
-    if not 0 <= strength <= 1:
-        raise PhotoError(f'A strength of {strength} is not possible: from 0 to 1.')
+    if level is not None and not (isinstance(level, int) and 1 <= level <= 10):
+        raise PhotoError(f'A level of {level!r} is not possible: a whole number from 1 to 10.')
+    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        raise PhotoError(f'A strength of {strength!r} is not possible: from 0 to 1.')
 
 
 def check_size(

@@ -11,8 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COMMANDS = ['enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate']
+COMMANDS = ['enhance', 'enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate']
 FLAGS = {
+    'enhance': [
+        'out',
+        'model',
+        'scale',
+        'level',
+        'strength',
+        'keep-colors',
+        'device',
+        'tile',
+        'format',
+        'compare',
+        'list',
+        'lr-path',
+        'sr-path',
+    ],
     'enhance_resize': ['path', 'resized-path', 'size', 'num-workers'],
     'enhance_crappify': [
         'path',

@@ -1,0 +1,974 @@
+"""Any photo in: what is looked at, chosen, tiled, kept and refused; folders; the command."""
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+from torch import nn
+from torch.nn import functional as F
+
+import enhance_lib.enhance as module
+from enhance_lib import command_line
+from enhance_lib.enhance import (
+    Look,
+    Plan,
+    as_photo,
+    choose,
+    compare,
+    detail_share,
+    enhance,
+    enhance_folder,
+    find_scale_factor,
+    fitting_tile,
+    follow,
+    jpeg_quality,
+    model_table,
+    noise_level,
+    open_pixels,
+    plan_for,
+    predict,
+    run_tiles,
+    save_pixels,
+    upgrade,
+)
+from enhance_lib.photos import PhotoError, PhotoWarning, open_photo, sample_photo
+from enhance_lib.workbench import PhotoModel, load_model, published
+
+posix = pytest.mark.skipif(os.name != 'posix', reason='uses signals and limits of Unix')
+
+
+@pytest.fixture(scope='module')
+def cat():
+    return sample_photo('cat').crop((100, 50, 220, 130))  # 120×80, an eye
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    "Half precision rounds each tile by itself."
+    monkeypatch.setattr('enhance_lib.workbench.half_dtype', lambda device: None)
+
+
+def array(height, width, n_channels, dtype=np.uint8, seed=0):
+    top = np.iinfo(dtype).max
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, top, (height, width, n_channels), dtype, endpoint=True)
+
+
+class Same(PhotoModel):
+    "Gives back what it gets, and notes the sizes (height, width)."
+
+    margin, tile = 0, 4096
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        return x
+
+
+class Twice(Same):
+    "Each pixel becomes 2×2."
+
+    scale = 2
+
+    def forward(self, x):
+        return super().forward(x).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+# Files
+
+
+@pytest.mark.parametrize('n_channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_sixteen_bits_survive_a_file(tmp_path, n_channels, suffix):
+    pixels = array(13, 17, n_channels, np.uint16)
+    path = save_pixels(pixels, tmp_path / f'a.{suffix}')
+    again, _ = open_pixels(path)
+    expected = pixels[..., [0, 0, 0, 1]] if (suffix, n_channels) == ('tif', 2) else pixels
+    assert again.dtype == np.uint16 and (again == expected).all()
+
+
+def test_a_packed_tiff_keeps_its_16_bits(tmp_path):
+    "As programs for photos write it."
+    from tifffile import imwrite
+
+    pixels = array(20, 30, 3, np.uint16)
+    for compression in ('lzw', 'zlib'):
+        imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', compression=compression)
+        assert (open_pixels(tmp_path / 'a.tif')[0] == pixels).all()
+
+
+def test_png_keeps_profile_exif_and_resolution_with_16_bits(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = 'Camera'
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    info = {'icc_profile': profile, 'exif': exif.tobytes(), 'dpi': (300, 300)}
+    save_pixels(array(5, 6, 3, np.uint16), tmp_path / 'a.png', info)
+    photo = Image.open(tmp_path / 'a.png')
+    photo.load()
+    assert photo.info['icc_profile'] == profile
+    assert photo.getexif()[0x010F] == 'Camera'
+    assert [round(d) for d in photo.info['dpi']] == [300, 300]
+    _, kept = open_pixels(tmp_path / 'a.png')
+    assert kept['icc_profile'] == profile and 'exif' in kept
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_sixteen_bits_are_turned_upright_as_pillow_turns_eight(tmp_path, orientation):
+    pixels = array(4, 7, 3, np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save_pixels(pixels, tmp_path / 'a.png', {'exif': exif.tobytes()})
+    turned, _ = open_pixels(tmp_path / 'a.png')
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'a.png')))
+    assert turned.dtype == np.uint16
+    assert (turned >> 8 == expected).all()
+
+
+def test_eight_bits_stay_eight_bits(tmp_path):
+    for mode in ('L', 'LA', 'RGB', 'RGBA'):
+        photo = Image.fromarray(array(9, 8, 4), 'RGBA').convert(mode)
+        photo.save(tmp_path / 'a.png')
+        pixels, _ = open_pixels(tmp_path / 'a.png')
+        assert pixels.dtype == np.uint8 and as_photo(pixels).mode == mode
+        assert as_photo(pixels).tobytes() == photo.tobytes()
+
+
+def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
+    pixels = np.full((8, 8, 3), 257 * 100, np.uint16)
+    save_pixels(pixels, tmp_path / 'a.bmp')
+    assert (np.asarray(Image.open(tmp_path / 'a.bmp')) == 100).all()
+
+
+def test_a_pillow_image_of_16_bits_keeps_them():
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(16, 64)
+    pixels, _ = open_pixels(Image.fromarray(ramp))
+    assert (pixels[..., 0] == ramp).all()
+
+
+@posix
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, dtype):
+    path = save_pixels(array(8, 8, 3, dtype), tmp_path / 'a.png')
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(PhotoError, match='could not be written'):
+            save_pixels(array(200, 200, 3, dtype), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['a.png']
+
+
+# Looking and choosing
+
+
+def test_quality_of_tables_that_pillow_did_not_make(tmp_path, cat):
+    cat.save(tmp_path / 'a.jpg', quality=80)
+    tables = Image.open(tmp_path / 'a.jpg').quantization
+    doubled = {k: [min(2 * step, 255) for step in table] for k, table in tables.items()}
+    cat.save(tmp_path / 'b.jpg', qtables=doubled)
+    # libjpeg: steps are in proportion to 200 - 2 * quality from 50 up: 40 at 80, so 80 at 60
+    assert abs(jpeg_quality(tmp_path / 'b.jpg') - 60) <= 1
+    assert jpeg_quality((tmp_path / 'b.jpg').read_bytes()) == jpeg_quality(tmp_path / 'b.jpg')
+
+
+def test_quality_of_what_is_no_jpeg(tmp_path, cat):
+    cat.save(tmp_path / 'a.png')
+    (tmp_path / 'a.jpg').write_text('no photo')
+    for source in (tmp_path / 'a.png', tmp_path / 'a.jpg', tmp_path / 'gone.jpg', cat, b''):
+        assert jpeg_quality(source) is None
+
+
+def test_noise_of_a_plain_photo_is_what_was_added():
+    rng = np.random.default_rng(0)
+    for sigma in (2, 5, 10):
+        y = np.rint(128 + sigma * rng.standard_normal((256, 256))).astype(np.uint8)
+        # the quietest tenth of squares is a little below their mean
+        assert 0.8 * sigma < noise_level(Image.fromarray(y)) <= sigma
+    assert noise_level(Image.new('RGB', (300, 200), 'red')) < 1e-9
+    assert noise_level(Image.new('L', (20, 20))) == 0  # no square fits
+
+
+def test_noise_in_one_half_is_not_that_of_the_photo():
+    y = np.full((128, 256), 128, np.uint8)
+    y[:, 128:] += np.random.default_rng(0).integers(0, 60, (128, 128), np.uint8)
+    assert noise_level(Image.fromarray(y)) < 1e-9
+
+
+def test_detail_of_waves_that_are_known():
+    x = np.arange(256)
+    for frequency, expected in ((0.05, 0), (0.4, 1)):  # cycles per pixel
+        wave = 128 + 100 * np.sin(2 * np.pi * frequency * x)[None].repeat(256, 0)
+        share = detail_share(Image.fromarray(wave.astype(np.uint8)))
+        assert abs(share - expected) < 0.02
+    assert detail_share(Image.new('L', (63, 300))) == 1
+
+
+def test_the_rule_says_what_it_does():
+    for quality in (None, 30, 91, 92, 95, 96, 100):
+        for noise in (0.0, 9.0):
+            for detail in (0.001, 0.5):
+                for scale in (1, 1.5, 2, 3, 4, 6, 16):
+                    plan = choose(Look(1, quality, noise, detail), scale)
+                    assert (plan.clean is None) == (quality is not None and quality >= 96)
+                    assert ('halved' in plan.why) == (plan.shrink == 2)
+                    if quality is not None and quality >= 92:
+                        assert plan.shrink == 1, 'a good photo keeps its pixels'
+                    assert (plan.model is None) == (scale == 1 and plan.shrink == 1)
+                    if plan.model:
+                        assert plan.model in plan.why
+                        reach = load_scale(plan.model) ** plan.level
+                        assert reach >= plan.shrink * scale
+                        # not a round more than it takes
+                        assert (
+                            plan.level == 1 or reach / load_scale(plan.model) < plan.shrink * scale
+                        )
+
+
+def load_scale(name):
+    return model_table().loc[name, 'scale']
+
+
+def test_scale_rule_at_its_limits():
+    # (width, height) -> factor, from the description of Image 2.0
+    table = {(99, 400): 3.5, (100, 400): 3, (159, 160): 3, (160, 160): 2.5, (200, 200): 2}
+    table |= {(255, 300): 2, (256, 256): 2, (256, 400): 1.28, (512, 10): 1, (400, 511): 512 / 511}
+    for size, factor in table.items():
+        assert find_scale_factor(Image.new('L', size)) == pytest.approx(factor)
+        assert find_scale_factor(Image.new('L', size), enlarge=False) == 1
+
+
+def test_choosing_pays_on_photos_that_wild_made_bad(tmp_path):
+    "On crops of photos that the thresholds were not found on."
+    from enhance_lib.crappify import RECIPES, apply_steps
+    from enhance_lib.measure import psnr
+
+    fixed = [Plan(c, s, m, 1, 1, '') for c, s, m in FIXED]
+    sums = np.zeros(len(fixed) + 1)
+    for name in ('cat', 'coffee', 'china'):
+        for seed in range(20, 26):
+            plan = RECIPES['wild'].draw(seed, name, 256)
+            good = apply_steps(sample_photo(name), plan['before'])
+            *steps, (_, last) = plan['steps']
+            path = tmp_path / 'sent.jpg'
+            apply_steps(good, steps).save(path, **last)
+            bad = open_photo(path)
+            chosen = plan_for(bad, jpeg_quality(path), scale=1)
+            for i, plan in enumerate([*fixed, chosen]):
+                sums[i] += psnr(as_photo(follow(plan, np.asarray(bad))), good)
+    assert sums[-1] > sums[:-1].max(), sums / 18
+
+
+FIXED = [
+    (None, 1, None),
+    ('jpeg-blind', 1, None),
+    (None, 2, 'realtime-x4-any'),
+    ('jpeg-blind', 2, 'realtime-x4-any'),
+]
+
+
+# Tiles
+
+
+class Convs(PhotoModel):
+    "Random convolutions that see `margin` pixels, and enlarge; 8-pixel blocks if asked for."
+
+    def __init__(self, scale=1, margin=2, multiple=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.margin, self.multiple = scale, margin, multiple
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()] * (margin - 2)
+        self.body = nn.Sequential(*layers, nn.Conv2d(8, 3 * scale**2, 3, padding=1))
+
+    def forward(self, x):
+        if self.multiple > 1:  # depends on where blocks lie
+            mean = F.avg_pool2d(x, self.multiple)
+            x = x - 0.5 * F.interpolate(mean, scale_factor=self.multiple)
+        return F.pixel_shuffle(self.body(x).sigmoid(), self.scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    scale=st.sampled_from([1, 2, 3, 4]),
+    margin=st.integers(2, 9),
+    tile=st.integers(32, 80),
+    multiple=st.sampled_from([1, 1, 4, 8]),
+    more=st.integers(0, 20),
+    deep=st.booleans(),
+)
+def test_tiles_equal_the_whole_where_overlap_covers_what_is_seen(
+    height, width, scale, margin, tile, multiple, more, deep
+):
+    model = Convs(scale, margin, multiple)
+    if multiple > 1:  # a block at the edge of what is seen is seen whole
+        model.margin += multiple
+    pixels = array(height, width, 3, np.uint16 if deep else np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('enhance_lib.workbench.half_dtype', lambda device: None)
+        whole = run_tiles(model, pixels, 'cpu', tile=4096)
+        tiled = run_tiles(model, pixels, 'cpu', tile=tile, overlap=2 * model.margin + more)
+    assert tiled.shape == (height * scale, width * scale, 3) and tiled.dtype == pixels.dtype
+    assert np.abs(tiled.astype(int) - whole).max() <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    tile=st.integers(32, 64),
+    overlap=st.integers(0, 60),
+    margin=st.integers(0, 20),
+    n_channels=st.sampled_from([1, 3]),
+)
+def test_tiles_of_what_changes_nothing_are_the_photo(
+    height, width, tile, overlap, margin, n_channels
+):
+    "Whatever is blended, weights sum to 1."
+    model = Same()
+    model.margin, model.gray = margin, True
+    pixels = array(height, width, n_channels)
+    assert (run_tiles(model, pixels, 'cpu', tile, overlap) == pixels).all()
+
+
+@pytest.mark.parametrize('name', ['jpeg-q10', 'jpeg-blind', 'srcnn-x3', 'realtime-x2'])
+def test_published_models_that_are_exact(name, in_float32):
+    model = load_model(name)
+    assert model.exact
+    photo = sample_photo('china').crop((100, 100, 331, 291))
+    pixels = np.asarray(photo)
+    whole = run_tiles(model, pixels, 'cpu', tile=1024).astype(int)
+    tiled = run_tiles(model, pixels, 'cpu', tile=64).astype(int)
+    assert np.abs(tiled - whole).max() <= 1
+    by_predict = np.asarray(model.predict(photo, fast=False)).astype(int)
+    assert np.abs(tiled - by_predict).max() <= 1
+
+
+def test_the_networks_that_see_the_whole_photo_are_known():
+    seeing = [name for name in published() if not load_model(name).exact]
+    assert seeing == ['unet-feature', 'unet-gan', 'unet-mse']
+
+
+def test_no_seam_shows_where_tiles_differ():
+    "A network whose result depends on the whole tile: neighbours fade into each other."
+
+    class Mean(Same):
+        exact, margin = False, 4
+
+        def forward(self, x):
+            return x.mean((2, 3), keepdim=True).expand_as(x).contiguous()
+
+    ramp = np.linspace(0, 255, 400).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    faded = run_tiles(Mean(), ramp, 'cpu', tile=64).astype(int)
+    hard = run_tiles(Mean(), ramp, 'cpu', tile=64, overlap=0).astype(int)
+    assert np.abs(np.diff(hard, axis=1)).max() > 30  # 64 of 400 pixels are 41 levels
+    assert np.abs(np.diff(faded, axis=1)).max() <= 2
+
+
+class Needs(Same):
+    "Runs out of memory for more than `most` pixels."
+
+    def __init__(self, most, error=MemoryError()):  # noqa: B008
+        super().__init__()
+        self.most, self.error = most, error
+
+    def forward(self, x):
+        if x.shape[2] * x.shape[3] > self.most:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    'error', [RuntimeError('not enough memory: you tried to allocate 9 GB'), MemoryError()]
+)
+def test_tiles_are_halved_until_they_fit(error):
+    model, pixels = Needs(70 * 70, error), array(300, 300, 3)
+    result = run_tiles(model, pixels, 'cpu', tile=256)
+    assert (result == pixels).all()
+    assert max(height * width for height, width in model.sizes) > 70 * 70 / 4, 'halved too often'
+
+
+def test_no_memory_even_for_the_least_tile():
+    with pytest.raises(PhotoError, match='not enough memory on cpu even for tiles of 32 pixels'):
+        run_tiles(Needs(10), array(100, 100, 3), 'cpu')
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match='shapes'):
+        run_tiles(Needs(10, RuntimeError('shapes differ')), array(100, 100, 3), 'cpu')
+
+
+def test_tile_fits_what_is_free(monkeypatch):
+    model, cpu = load_model('realtime-x4'), torch.device('cpu')
+
+    def with_free(megabytes):
+        free = type('Free', (), {'available': megabytes * 1e6})
+        monkeypatch.setattr(module.psutil, 'virtual_memory', lambda: free)
+        return fitting_tile(model, cpu)
+
+    assert with_free(64_000) == model.tile
+    small = with_free(200)
+    assert 32 < small < model.tile
+    assert (small + 2 * model.margin) ** 2 * model.memory <= 100e6
+    assert with_free(1) == 32
+
+
+@pytest.mark.parametrize('tile', [31, 0, -5])
+def test_tiles_that_are_not_possible(tile):
+    with pytest.raises(PhotoError, match=f'A tile of {tile} pixels is not possible: 32 or more'):
+        run_tiles(Same(), array(9, 9, 3), 'cpu', tile=tile)
+    with pytest.raises(PhotoError, match='overlap of -1 pixels'):
+        run_tiles(Same(), array(9, 9, 3), 'cpu', overlap=-1)
+
+
+def test_spoilt_weights_are_said_to_be():
+    class Spoilt(Same):
+        def forward(self, x):
+            return x * torch.nan
+
+    with pytest.raises(PhotoError, match='NaN'):
+        enhance(Image.new('RGB', (20, 20)), model=Spoilt())
+
+
+# The API of Image 2.0
+
+
+def test_rounds_enlarge_and_enhance(cat):
+    model = Same()
+    assert predict(model, cat, 2, 3, device='cpu').size == (240, 160)
+    # 2 ** (1/3) and 2 ** (2/3) times 80 and 120
+    assert model.sizes == [(101, 151), (127, 190), (160, 240)]
+    model = Same()
+    predict(model, cat, 2, 1, enhance_first=True, device='cpu')
+    assert model.sizes == [(80, 120), (160, 240)]
+
+
+def test_rounds_of_a_model_that_enlarges_have_the_size_of_the_step_as_output(cat):
+    model = Twice()
+    assert predict(model, cat, 4, 2, device='cpu').size == (480, 320)
+    assert model.sizes == [(80, 120), (160, 240)]
+    model = Twice()
+    assert predict(model, cat, 1.5, 1, enhance_first=True, device='cpu').size == (180, 120)
+    assert model.sizes == [(80, 120), (60, 90)]
+
+
+def test_one_round_is_lanczos_and_the_model(cat):
+    larger = cat.resize((240, 160), Image.Resampling.LANCZOS)
+    assert predict(Same(), cat, 2, 1, device='cpu').tobytes() == larger.tobytes()
+    model = load_model()
+    assert model.card['name'] == 'jpeg-blind'
+    expected = np.asarray(model.predict(larger)).astype(int)
+    got = np.asarray(predict(model, cat, 2, 1, device='cpu')).astype(int)
+    assert np.abs(got - expected).max() <= 1
+
+
+def test_upgrade_enhances_tiny_photos_first(cat):
+    # the shorter side is 80: 3.5 times; first from level 3 and scale 3 up
+    for level, rounds in ((3, 4), (2, 2)):
+        model = Same()
+        assert upgrade(model, cat, level, device='cpu').size == (420, 280)
+        assert len(model.sizes) == rounds
+    model = Same()
+    assert upgrade(model, cat, 3, enlarge=False, device='cpu').size == cat.size
+    assert len(model.sizes) == 3
+
+
+def test_compare_gives_the_upgraded_and_the_merely_enlarged_photo(cat, tmp_path):
+    cat.save(tmp_path / 'cat.png')
+    better, larger = compare(load_model('jpeg-q10'), tmp_path / 'cat.png', device='cpu')
+    assert better.size == larger.size == (420, 280)
+    assert larger.tobytes() == cat.resize((420, 280), Image.Resampling.LANCZOS).tobytes()
+    assert better.tobytes() != larger.tobytes()
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'RGB', 'RGBA'])
+def test_predict_keeps_the_mode(cat, mode):
+    assert predict(load_model('jpeg-q10'), cat.convert(mode), 1.5, 2, device='cpu').mode == mode
+
+
+# Enhance
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 90), (3, 2), (8, 8), (33, 65)])
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK'])
+def test_photos_of_every_size_and_mode(cat, size, mode):
+    photo = cat.convert('RGB').resize(size).convert(mode)
+    better = enhance(photo, scale=2).photo
+    assert better.size == (2 * size[0], 2 * size[1])
+    modes = {'1': 'L', 'P': 'RGB', 'CMYK': 'RGB'}
+    assert better.mode == modes.get(mode, mode)
+
+
+@pytest.mark.parametrize('scale', [0.5, 1, 1.3, 2, 2.5, 4, 5])
+@pytest.mark.parametrize('name', [None, 'srcnn-x3', 'jpeg-q10'])
+def test_any_scale(cat, scale, name):
+    better = enhance(cat, name, scale)
+    assert better.photo.size == (round(120 * scale), round(80 * scale))
+    assert better.plan.scale == scale
+
+
+def test_auto_is_the_scale_of_image_2(cat):
+    assert enhance(cat).photo.size == (420, 280)
+    assert enhance(Image.new('RGB', (600, 20))).photo.size == (600, 20)
+
+
+def test_a_model_by_name_is_used_once_at_its_scale(cat):
+    by_name = np.asarray(enhance(cat, 'srcnn-x2', 2).photo).astype(int)
+    expected = np.asarray(load_model('srcnn-x2').predict(cat)).astype(int)
+    assert np.abs(by_name - expected).max() <= 1
+    assert 'srcnn-x2, as asked' in enhance(cat, 'srcnn-x2', 2).plan.why
+
+
+def test_level_is_the_number_of_rounds(cat):
+    for level in (1, 2, 10):
+        model = Same()
+        enhance(cat, model, 1, level)
+        assert len(model.sizes) == level
+
+
+def test_a_photo_is_never_made_smaller_than_it_is_on_the_way(cat):
+    model = Twice()
+    enhance(cat, model, 1.5, 2)
+    # after the first round 1.5 ** 0.5 times as large
+    assert model.sizes == [(80, 120), (98, 147)]
+
+
+def test_a_good_photo_with_nothing_to_do_stays_as_it_is(tmp_path):
+    sample_photo('coffee').save(tmp_path / 'a.jpg', quality=98)
+    better = enhance(tmp_path / 'a.jpg')
+    assert 'nothing to clean' in better.plan.why
+    assert better.photo.tobytes() == open_photo(tmp_path / 'a.jpg').tobytes()
+
+
+def test_strength_mixes(cat):
+    class White(Same):
+        def forward(self, x):
+            return torch.ones_like(x)
+
+    black = Image.new('RGB', (30, 20))
+    for strength, level in ((0.0, 0), (0.25, 64), (1.0, 255)):
+        assert (np.asarray(enhance(black, White(), 1, strength=strength).photo) == level).all()
+    larger = cat.resize((240, 160), Image.Resampling.LANCZOS)
+    assert enhance(cat, 'srcnn-x2', 2, strength=0).photo.tobytes() == larger.tobytes()
+
+
+def test_colours_of_large_areas_are_kept(cat):
+    class Redder(Same):
+        def forward(self, x):
+            return (x + x.new_tensor([0.1, 0, -0.05])[:, None, None]).clamp(0, 1)
+
+    photo = sample_photo('coffee').crop((0, 0, 160, 160))
+    before = np.asarray(photo).astype(int)
+    plain = np.asarray(enhance(photo, Redder(), 1).photo).astype(int)
+    kept = np.asarray(enhance(photo, Redder(), 1, keep_colors=True).photo).astype(int)
+    assert abs((plain - before).mean((0, 1))[2]) > 8
+    assert np.abs((kept - before).mean((0, 1))).max() < 1
+
+
+def test_sixteen_bits_are_more_than_eight(cat):
+    "A slow ramp comes back with more steps than 8 bits have, and alpha too."
+    ramp = np.linspace(0, 8000, 300).astype(np.uint16)[None].repeat(40, 0)
+    better = enhance(Image.fromarray(ramp), 'srcnn-jpeg20', 1).pixels
+    assert better.dtype == np.uint16 and len(np.unique(better)) > 100  # 8 bits: 32
+    assert np.abs(better[..., 0].astype(int) - ramp).max() < 1500
+    four = np.dstack([ramp] * 3 + [ramp[:, ::-1]])
+    better = enhance_bytes(four, 'realtime-x2', 2)
+    assert better.shape == (80, 600, 4) and better.dtype == np.uint16
+    assert len(np.unique(better[..., 3])) > 256
+
+
+def enhance_bytes(pixels, model, scale):
+    with contextlib.ExitStack() as stack:
+        import tempfile
+
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        path = save_pixels(pixels, Path(folder) / 'a.png')
+        return enhance(path.read_bytes(), model, scale).pixels
+
+
+def test_alpha_is_enlarged_beside_the_colours(cat):
+    photo = cat.convert('RGBA')
+    alpha = cat.convert('L')
+    photo.putalpha(alpha)
+    better = enhance(photo, scale=2).photo
+    expected = alpha.resize((240, 160), Image.Resampling.LANCZOS)
+    assert better.getchannel('A').tobytes() == expected.tobytes()
+
+
+def test_turned_photos_profiles_and_exif(cat, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 8, 'Camera'
+    cat.save(tmp_path / 'a.jpg', exif=exif, icc_profile=profile, dpi=(72, 72), quality=90)
+    path = enhance(tmp_path / 'a.jpg', scale=2).save(tmp_path / 'b.jpg')
+    photo = Image.open(path)
+    assert photo.size == (160, 240)
+    assert photo.info['icc_profile'] == profile
+    assert photo.getexif()[0x010F] == 'Camera'
+    assert photo.getexif().get(0x0112, 1) == 1, 'it would be turned twice'
+
+
+@pytest.mark.parametrize('open_', [Path, str, lambda p: p.read_bytes(), lambda p: p.open('rb')])
+def test_every_kind_of_source_gives_the_same(cat, tmp_path, open_):
+    path = tmp_path / 'a.jpg'
+    cat.save(path, quality=50)
+    got = enhance(open_(path), scale=1)
+    assert got.photo.tobytes() == enhance(path, scale=1).photo.tobytes()
+    assert 'JPEG of quality 50' in got.plan.why
+
+
+def test_progress_is_told_and_may_stop_it(cat):
+    told = []
+    enhance(cat.resize((300, 300)), 'jpeg-q10', 1, level=3, tile=64, progress=told.append)
+    assert told == sorted(told) and len(told) == 3 * 25 and told[-1] == pytest.approx(1)
+
+    def stop(fraction):
+        raise InterruptedError('enough')
+
+    with pytest.raises(InterruptedError):
+        enhance(cat, progress=stop)
+
+
+def test_large_photos_show_a_bar(cat, capsys):
+    enhance(cat, Same(), 1)
+    assert capsys.readouterr().out == ''
+    enhance(cat.resize((1200, 1000)), Same(), 1)
+    assert '100.00%' in capsys.readouterr().out
+
+
+def test_it_shows_itself(cat):
+    better = enhance(cat)
+    assert repr(better).startswith('420×280 pixels: ')
+    assert Image.open(io.BytesIO(better._repr_png_())).size == (420, 280)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    'wrong, words',
+    [
+        ({'model': 'srcnn-3x'}, 'srcnn-x3'),
+        ({'model': 'weights.pth'}, 'pickle'),
+        ({'scale': 0}, 'scale of 0'),
+        ({'scale': -2}, 'scale of -2'),
+        ({'scale': math.nan}, 'scale of nan'),
+        ({'scale': math.inf}, 'scale of inf'),
+        ({'scale': 'large'}, "scale of 'large'"),
+        ({'scale': 300}, 'more than 100 million'),
+        ({'level': 0}, 'level of 0'),
+        ({'level': 11}, 'level of 11'),
+        ({'level': 1.5}, 'level of 1.5'),
+        ({'level': 'high'}, "level of 'high'"),
+        ({'strength': -0.1}, 'strength of -0.1'),
+        ({'strength': 1.01}, 'strength of 1.01'),
+        ({'strength': math.nan}, 'strength of nan'),
+        ({'strength': 'full'}, "strength of 'full'"),
+        ({'device': 'gpu7'}, 'gpu7'),
+        ({'tile': 8}, 'tile of 8'),
+    ],
+)
+def test_settings_that_are_not_possible(cat, wrong, words):
+    with pytest.raises(PhotoError) as error:
+        enhance(cat, **wrong)
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_an_unknown_model_is_answered_with_those_there_are(cat):
+    with pytest.raises(PhotoError) as error:
+        enhance(cat, 'no such thing at all')
+    assert all(name in str(error.value) for name in published())
+
+
+def test_a_photo_past_the_limit_may_stay_as_large_as_it_is(cat):
+    assert enhance(cat, scale=1, max_pixels=10).photo.size == cat.size
+    with pytest.raises(PhotoError, match='240×160 pixels, more than 0 million'):
+        enhance(cat, scale=2, max_pixels=10)
+    with pytest.raises(PhotoError, match='more than 100 million'):
+        predict(Same(), cat, 200)
+
+
+@pytest.mark.parametrize('content', [b'', b'no photo', b'\x89PNG\r\n\x1a\n' + 30 * b'\x10'])
+def test_files_that_are_no_photos(tmp_path, content):
+    (tmp_path / 'a.png').write_bytes(content)
+    with pytest.raises(PhotoError, match=r'a\.png'):
+        enhance(tmp_path / 'a.png')
+    with pytest.raises(PhotoError, match='mine'):
+        enhance(content, name='mine')
+    with pytest.raises(PhotoError, match=r'gone\.png'):
+        enhance(tmp_path / 'gone.png')
+
+
+def test_a_program_in_weights_is_not_run(cat, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / 'ran',))
+
+    card = json.loads((module.WEIGHTS / 'srcnn-x2.json').read_text())
+    for name in ('evil.safetensors', 'evil.pth'):
+        (tmp_path / name).write_bytes(pickle.dumps(Evil()))
+        (tmp_path / 'evil.json').write_text(json.dumps(card))
+        with pytest.raises(PhotoError):
+            enhance(cat, tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+
+
+# Folders
+
+
+def make_photos(folder, n, side=24, quality=60):
+    folder.mkdir(parents=True, exist_ok=True)
+    cat = sample_photo('cat')
+    for i in range(n):
+        photo = cat.crop((3 * i, 2 * i, 3 * i + side + i % 5, 2 * i + side))
+        photo.save(folder / f'p{i:02}.jpg', quality=quality)
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*.*'))}
+
+
+def call(*arguments):
+    "The command `enhance` in this process: its exit code."
+    return command_line.enhance([str(a) for a in arguments])
+
+
+def test_a_hundred_photos_with_three_broken_ones(tmp_path, capsys):
+    photos, out = make_photos(tmp_path / 'photos', 97), tmp_path / 'better'
+    whole = (photos / 'p00.jpg').read_bytes()
+    (photos / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+    (photos / 'empty.jpg').touch()
+    (photos / 'text.jpg').write_text('not a photo')
+    assert call(photos, '--out', out, '--scale', 1, '--model', 'jpeg-q10') == 1
+    assert len(list(out.glob('p*.jpg'))) == 97 and not list(out.glob('[cet]*.jpg'))
+    err = capsys.readouterr().err
+    assert 'made 97, there already 0, failed 3' in err
+    lines = [line for line in err.splitlines() if line.startswith('  ')]
+    assert len(lines) == 3
+    for name, why in (('cut', 'damaged'), ('empty', '0 bytes'), ('text', 'not a photo')):
+        assert any(f'{name}.jpg' in line and why in line for line in lines)
+    assert call(photos, '--out', out, '--scale', 1, '--model', 'jpeg-q10') == 1
+    assert 'made 0, there already 97, failed 3' in capsys.readouterr().err
+
+
+def test_other_settings_make_the_photos_anew(tmp_path):
+    photos, out = make_photos(tmp_path / 'photos', 2), tmp_path / 'better'
+    small = partial(enhance_folder, photos, out, 'jpeg-q10', progress=False)
+    assert small(scale=1).made == 2
+    assert small(scale=1).kept == 2
+    for other in ({'scale': 1.5}, {'scale': 1, 'strength': 0.5}, {'scale': 1, 'level': 2}):
+        assert small(**other).made == 2
+    assert enhance_folder(photos, out, 'srcnn-jpeg20', 1, progress=False).made == 2
+
+
+def test_folders_with_comparisons_and_another_format(tmp_path):
+    photos, out, both = make_photos(tmp_path / 'photos', 2), tmp_path / 'b', tmp_path / 'both'
+    make_photos(photos / 'inside', 1)
+    report = enhance_folder(photos, out, 'srcnn-x2', 2, format='png', compared=both, progress=False)
+    assert report.made == 3 and not report.failed
+    assert sorted(contents(out)) == ['enhance.csv', 'inside/p00.png', 'p00.png', 'p01.png']
+    better, sheet = (Image.open(f / 'p01.png') for f in (out, both))
+    assert better.size == (50, 48) and sheet.size == (100, 48)
+    assert sheet.crop((50, 0, 100, 48)).tobytes() == better.convert('RGB').tobytes()
+
+
+@pytest.mark.parametrize('scale, model', [(0, None), (math.nan, None), (1, 'srcnn-3x')])
+def test_nothing_is_written_for_settings_that_are_not_possible(tmp_path, scale, model):
+    photos = make_photos(tmp_path / 'photos', 1)
+    with pytest.raises(PhotoError):
+        enhance_folder(photos, tmp_path / 'out', model, scale)
+    assert not (tmp_path / 'out').exists()
+
+
+def _run_once(photos, out):
+    enhance_folder(photos, out, 'jpeg-q10', 1, progress=False)
+
+
+@posix
+def test_killed_at_any_of_20_moments_and_run_again(tmp_path):
+    "Each run starts from a process that has loaded the package already, as forks of it."
+    photos = make_photos(tmp_path / 'photos', 12, side=96)
+    expected = tmp_path / 'expected'
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['enhance_lib.enhance'])
+    first = context.Process(target=_run_once, args=(photos, expected))
+    start = time.monotonic()
+    first.start()
+    while not (expected / 'p00.jpg').exists():
+        assert time.monotonic() < start + 60 and first.is_alive()
+        time.sleep(0.002)
+    begin = time.monotonic()
+    first.join(60)
+    length = time.monotonic() - begin
+    cut_short = 0
+    for moment in range(20):
+        out = tmp_path / f'out{moment}'
+        run = context.Process(target=_run_once, args=(photos, out))
+        run.start()
+        while not (out / 'enhance.csv').exists():  # so that a slow start changes nothing
+            assert run.is_alive() or run.exitcode == 0
+            time.sleep(0.001)
+        time.sleep(length * moment / 20)
+        run.kill()
+        run.join()
+        cut_short += len(list(out.glob('*.jpg'))) < 12
+        for path in out.glob('*.jpg'):
+            Image.open(path).load()  # raises OSError where half of it is missing
+    assert cut_short >= 10, 'killed too late to test anything'
+    again = context.Process(target=_run_all, args=(photos, tmp_path))
+    again.start()
+    again.join(120)
+    assert again.exitcode == 0
+    for moment in range(20):
+        assert contents(tmp_path / f'out{moment}') == contents(expected)
+
+
+def _run_all(photos, base):
+    for moment in range(20):
+        _run_once(photos, base / f'out{moment}')
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / 'photos', 2)
+    make_photos(tmp_path / 'more', 2, side=30)
+    return tmp_path
+
+
+FAST = ('--model', 'jpeg-q10', '--scale', '1')
+
+
+def test_one_photo_goes_beside_it(folder, capsys):
+    assert call('photos/p00.jpg', *FAST) == 0
+    assert sorted(contents(folder / 'photos')) == ['p00-enhanced.jpg', 'p00.jpg', 'p01.jpg']
+    assert capsys.readouterr().out.startswith('photos/p00-enhanced.jpg: 24×24 pixels: made as')
+
+
+def test_names_for_one_photo(folder):
+    assert call('photos/p00.jpg', '--out', 'new.png', *FAST) == 0
+    assert call('photos/p00.jpg', '--out', 'sub/', '--format', 'webp', *FAST) == 0
+    assert call('--lr-path', 'photos/p01.jpg', '--sr_path', 'old.png', '--compare', *FAST) == 0
+    assert {'new.png', 'sub/p00-enhanced.webp', 'old.png', 'old-compared.png'} <= set(
+        contents(folder)
+    )
+
+
+def test_several_photos_and_folders(folder, capsys):
+    assert call('photos', '--out', 'a', *FAST) == 0
+    assert sorted(contents(folder / 'a')) == ['enhance.csv', 'p00.jpg', 'p01.jpg']
+    assert call('photos', 'more', 'photos/p00.jpg', '--out', 'b', *FAST) == 0
+    assert sorted(contents(folder / 'b')) == [
+        *('enhance.csv', 'more/p00.jpg', 'more/p01.jpg', 'p00.jpg'),
+        *('photos/p00.jpg', 'photos/p01.jpg'),
+    ]
+    assert call('photos', '--compare', *FAST) == 0
+    assert len(contents(folder / 'photos-enhanced')) == 3
+    assert len(contents(folder / 'photos-enhanced-compared')) == 3
+    assert call('photos/p00.jpg', 'photos/p01.jpg', *FAST) == 0
+    assert len(contents(folder / 'photos')) == 4
+    (folder / 'broken.jpg').write_text('no photo')
+    capsys.readouterr()
+    assert call('broken.jpg', 'more/p00.jpg', *FAST) == 1
+    assert 'broken.jpg' in capsys.readouterr().err
+    assert (folder / 'more' / 'p00-enhanced.jpg').exists()
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ([], 'Name a photo'),
+        (['gone.jpg'], 'gone.jpg'),
+        (['photos/p00.jpg', '--model', 'srcnn-3x'], 'Did you mean'),
+        (['photos/p00.jpg', '--scale', 'large'], '--scale large'),
+        (['photos/p00.jpg', '--scale', 'nan'], 'scale of nan'),
+        (['photos/p00.jpg', '--scale', '-1'], 'scale of -1'),
+        (['photos/p00.jpg', '--scale', '1000'], 'more than 100 million'),
+        (['photos/p00.jpg', '--level', '12'], 'level of 12'),
+        (['photos/p00.jpg', '--strength', '2'], 'strength of 2'),
+        (['photos/p00.jpg', '--device', 'cuda:9'], 'cuda:9'),
+        (['photos/p00.jpg', '--out', 'photos/p00.jpg'], 'would be overwritten'),
+        (['photos/p00.jpg', '--format', 'mp3'], '.mp3'),
+        (['photos', '--format', 'mp3'], 'mp3'),
+        (['photos', '--out', 'photos'], 'overlap'),
+        (['photos', '--out', 'file.txt'], 'is a file'),
+        (['photos', 'more', '--out', 'file.txt'], 'file.txt'),
+        (['photos/p00.jpg', 'more/p00.jpg', '--out', 'x'], "would become 'p00.jpg'"),
+    ],
+)
+def test_what_can_not_be_done_is_one_sentence(folder, capsys, arguments, words):
+    (folder / 'file.txt').write_text('mine')
+    before = contents(folder)
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.startswith('enhance: ') and err.count('\n') == 1 and out == ''
+    assert contents(folder) == before
+
+
+def test_list_shows_models_and_scores(capsys):
+    assert call('--list') == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in published())
+    card = json.loads((module.WEIGHTS / 'realtime-x4.json').read_text())
+    assert f'→ {card["scores"]["Set5"]["output"]:.2f} dB' in out
+
+
+def test_warnings_are_sentences(folder, capsys):
+    Image.new('RGBA', (20, 20), (9, 9, 9, 0)).save('clear.png')
+    with pytest.warns(PhotoWarning, match='laid on white'):
+        assert call('clear.png', '--out', 'clear.jpg', *FAST) == 0
+
+
+@posix
+def test_ctrl_c_in_the_middle_leaves_nothing_half_written(tmp_path):
+    photos = make_photos(tmp_path / 'photos', 40, side=96)
+    code = 'import sys; from enhance_lib.command_line import enhance; sys.exit(enhance())'
+    flags = [str(photos), '--out', str(tmp_path / 'out'), *FAST]
+    process = subprocess.Popen(
+        [sys.executable, '-c', code, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob('out/*.jpg'))) < 3:
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert 'enhance: stopped. Run it again to go on.' in err and 'Traceback' not in err
+    done = list(tmp_path.glob('out/*.jpg'))
+    assert 3 <= len(done) < 40
+    for path in done:
+        Image.open(path).load()
+    assert not list(tmp_path.glob('out/.*'))

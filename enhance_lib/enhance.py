@@ -26,6 +26,7 @@ import psutil
 import torch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, PngImagePlugin
+from scipy.ndimage import distance_transform_edt
 
 from .crappify import FolderReport, check_folders, output_names, run_folder
 from .measure import WEIGHTS, radial_spectrum, read_card
@@ -298,10 +299,11 @@ def choose(
         why.append(f'JPEG of quality {q}: nothing to clean')
     else:
         why.append(f'JPEG of quality {q}: cleaned with jpeg-blind')
-    if (q is None or q < 92) and seen.noise > 4:
+    worn = q is not None and q < 92
+    if seen.noise > 4 if worn else q is None and seen.noise > 8:
         shrink = 2
         why.append(f'noise of {seen.noise:.0f} levels: halved first, which averages it')
-    elif q is not None and q < 92 and seen.detail < 0.03:
+    elif worn and seen.detail < 0.03:
         shrink = 2
         why.append('worn, and no fine detail in so many pixels: halved first')
     if shrink * scale != 1:
@@ -340,34 +342,42 @@ def _tiled(model, pixels, device, tile, overlap, on_tile):
     height, width, n_channels = pixels.shape
     scale, reach = model.scale, -(-overlap // 2)
     dead = min(model.margin, reach)
+    fade = 2 * (reach - dead)
     n_in = n_channels if model.gray else 3
     out = np.empty((height * scale, width * scale, n_channels), pixels.dtype)
     boxes = tile_boxes(width, height, tile, 0)
-    done, n_done = 0, 0  # rows of `out` and tiles
-    total = np.zeros((0, width * scale, n_channels), np.float32)  # of the rows from `done` on
-    weight = np.zeros((0, width * scale, 1), np.float32)
+    done, n_done = 0, 0  # rows of `out`, and tiles
+    # of the rows from `done` on: sums of what tiles say (n_channels), and of their weights (1)
+    sums = torch.zeros(n_channels + 1, 0, width * scale)
+
+    def finish(n_rows):
+        values = sums[:-1, :n_rows] / sums[-1:, :n_rows]
+        values = values.clamp_(0, 1).mul_(np.iinfo(out.dtype).max).round_()
+        out[done : done + n_rows] = values.permute(1, 2, 0).numpy()
+
     for _, row in groupby(boxes, key=lambda box: box[1]):
         row = [grown_box(box, reach, model.multiple, width, height) for box in row]
         top, bottom = row[0][1], row[0][3]
-        ready = max(top * scale - done, 0)  # no tile comes above this one's top
-        out[done : done + ready] = _rounded(total[:ready] / weight[:ready], out.dtype)
+        ready = top * scale - done  # no tile comes that reaches above this one's top
+        finish(ready)
         done += ready
-        more = [(0, bottom * scale - done - len(weight) + ready), (0, 0), (0, 0)]
-        total, weight = np.pad(total[ready:], more), np.pad(weight[ready:], more)
-        rise = _window(top, bottom, height, dead, 2 * (reach - dead)).repeat(scale)[:, None, None]
+        more = bottom * scale - done - (sums.shape[1] - ready)
+        sums = torch.cat([sums[:, ready:], sums.new_zeros(n_channels + 1, more, width * scale)], 1)
+        rise = _window(top, bottom, height, dead, fade).repeat(scale)[:, None]
         for left, _, right, _ in row:
             x = _to_x(pixels[top:bottom, left:right], n_in).to(device)
-            y = model.infer(x)[0].clamp(0, 1)  # (n_in, H, W)
+            y = model.infer(x)[0].clamp(0, 1).cpu()  # (n_in, scale * h, scale * w)
             if n_in > n_channels:  # gray through a network for colours: BT.601, as Pillow has it
-                y = (y * y.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-            window = _window(left, right, width, dead, 2 * (reach - dead)).repeat(scale)
-            window = rise * window[:, None]
-            place = np.s_[top * scale - done : bottom * scale - done, left * scale : right * scale]
-            total[place] += window * y.permute(1, 2, 0).cpu().numpy()
-            weight[place] += window
+                y = (y * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+            window = torch.from_numpy(rise * _window(left, right, width, dead, fade).repeat(scale))
+            place = sums[
+                :, top * scale - done : bottom * scale - done, left * scale : right * scale
+            ]
+            place[:-1].addcmul_(y, window)
+            place[-1] += window
             n_done += 1
             on_tile(n_done / len(boxes))
-    out[done:] = _rounded(total / weight, out.dtype)
+    finish(sums.shape[1])
     return out
 
 # %% ../nbs/10_enhance.ipynb #695868d9
@@ -382,7 +392,7 @@ def fitting_tile(
     if device.type == 'cuda':
         room = 0.7 * torch.cuda.mem_get_info(device)[0]
     else:  # more than that is not faster on a CPU, and others want some too
-        room = min(0.5 * psutil.virtual_memory().available, 0.8e9)
+        room = min(0.5 * psutil.virtual_memory().available, 0.6e9)
     side = int((room / model.memory) ** 0.5) - 2 * model.margin
     return max(min(side, model.tile), LEAST_TILE)
 
@@ -407,7 +417,7 @@ def run_tiles(
     if overlap is not None and overlap < 0:
         raise PhotoError(f'An overlap of {overlap} pixels is not possible: 0 or more.')
     if overlap is None:  # where tiles agree a short way will do; else the change has to be slow
-        overlap = 2 * model.margin + (16 if model.exact else 96)
+        overlap = 2 * model.margin + (8 if model.exact else 96)
     model.to(device, memory_format=torch.channels_last).eval()
     tile = tile or fitting_tile(model, device)
     with torch.inference_mode():
@@ -489,12 +499,16 @@ def _round(model, pixels, size, run, smaller=True):
 # %% ../nbs/10_enhance.ipynb #a5d4c22b
 def _with_alpha(pixels, work):
     "`work` on the colours of pixels, and their alpha resized to what comes out."
-    n_colours = pixels.shape[2] - (pixels.shape[2] % 2 == 0)
-    better = work(pixels[..., :n_colours])
-    if n_colours < pixels.shape[2]:
-        alpha = _resized(pixels[..., n_colours:], *better.shape[1::-1])
-        better = np.concatenate([better, alpha], 2)
-    return better
+    if pixels.shape[2] % 2:
+        return work(pixels)
+    colours, alpha = pixels[..., :-1], pixels[..., -1:]
+    hidden = alpha[..., 0] == 0
+    if hidden.any() and not hidden.all():
+        # colours that nobody sees, often black, would leave a rim: take the nearest ones seen
+        nearest = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+        colours = colours[tuple(nearest)]
+    better = work(colours)
+    return np.concatenate([better, _resized(alpha, *better.shape[1::-1])], 2)
 
 
 def predict(
@@ -604,6 +618,20 @@ class Enhanced:
         return buffer.getvalue()
 
 # %% ../nbs/10_enhance.ipynb #b3cb48eb
+@cache
+def _published_model(name):
+    "A published model, loaded once."
+    return load_model(name)
+
+
+def _model(model):
+    "The model of a name or a path; a model as it is."
+    if isinstance(model, PhotoModel):
+        return model
+    # other files may change while this runs
+    return _published_model(str(model)) if str(model) in published() else load_model(model)
+
+
 def follow(
     plan: Plan,
     colours: np.ndarray,  # (H, W, 1 or 3) of uint8 or uint16
@@ -623,12 +651,11 @@ def follow(
 
     better, size = colours, _size(colours, plan.scale)
     if plan.clean:
-        better = run(load_model(plan.clean), better)
+        better = run(_model(plan.clean), better)
     if plan.shrink > 1:
         better = _resized(better, *_size(better, 1 / plan.shrink))
     if plan.model:
-        model = plan.model if isinstance(plan.model, PhotoModel) else load_model(plan.model)
-        start = 1 / plan.shrink
+        model, start = _model(plan.model), 1 / plan.shrink
         for i in range(1, plan.level + 1):
             grown = start * (plan.scale / start) ** (i / plan.level)
             better = _round(model, better, _size(colours, grown), run, smaller=False)
@@ -647,7 +674,7 @@ def plan_for(
         plan = choose(look(photo, quality), scale)
         plan.level = level or plan.level
         return plan
-    model = model if isinstance(model, PhotoModel) else load_model(model)
+    model = _model(model)
     scale, rounds = find_scale_factor(photo) if scale is None else scale, 1
     if model.scale > 1 and scale > 1:
         rounds = math.ceil(math.log(scale, model.scale) - 1e-9)

@@ -620,6 +620,17 @@ def test_alpha_is_enlarged_beside_the_colours(cat):
     assert better.getchannel('A').tobytes() == expected.tobytes()
 
 
+def test_what_is_hidden_leaves_no_rim():
+    "A white square on black that nobody sees: all that is seen stays white."
+    pixels = np.zeros((60, 60, 4), np.uint8)
+    pixels[20:40, 20:40] = 255
+    better = enhance(as_photo(pixels), scale=2).pixels
+    assert better.shape == (120, 120, 4)
+    assert better[better[..., 3] > 0][:, :3].min() > 250
+    nothing = np.zeros((20, 20, 4), np.uint8)
+    assert (enhance(as_photo(nothing), scale=2).pixels[..., 3] == 0).all()
+
+
 def test_turned_photos_profiles_and_exif(cat, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
     exif = Image.Exif()

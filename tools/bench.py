@@ -249,25 +249,109 @@ def speed_of_enlarging():
         yield f'{what}, {torch.cuda.get_device_name()}', f'{speed["frames/s"]:.0f} frames/s', target
 
 
-def memory_of_predict():
-    "Peak memory of a photo of 24 megapixels, each model in a process of its own."
-    for name in ('jpeg-q10', 'jpeg-blind'):
-        command = [sys.executable, __file__, '--memory-of', name]
+def memory_of_large_photos():
+    "Peak memory of a photo of 24 megapixels, each time in a process of its own."
+    for name, way in (
+        ('jpeg-q10', 'predict'),
+        ('jpeg-blind', 'predict'),
+        ('jpeg-blind', 'enhance'),
+    ):
+        command = [sys.executable, __file__, '--memory-of', name, way]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         grown = json.loads(done.stdout)
-        what = f'{name}, 24 megapixels, CPU: peak memory above that of the loaded libraries'
+        what = (
+            f'{name}, `{way}`, 24 megapixels, CPU: peak memory above that of the loaded libraries'
+        )
         yield what, f'{grown:.0f} MB', '1500 MB at most'
 
 
-def grown_by_predict(name: str) -> float:
+def grown_by(name: str, way: str) -> float:
     "MB that this process has grown by, at its peak, to enhance a photo of 24 megapixels."
+    from enhance_lib.enhance import enhance
     from enhance_lib.workbench import load_model
 
     model = load_model(name)
-    model.predict(Image.new('RGB', (64, 64)))  # loads what is loaded late
+    ways = {
+        'predict': model.predict,
+        'enhance': lambda photo: enhance(photo, model, 1, device='cpu', progress=False),
+    }
+    ways[way](Image.new('RGB', (64, 64)))  # loads what is loaded late
     before = peak_memory()['parent']
-    model.predict(one_megapixel().resize((6000, 4000)))
+    ways[way](one_megapixel().resize((6000, 4000)))
     return peak_memory()['parent'] - before
+
+
+def speed_of_enhance():
+    "`enhance` against the time that the model itself takes, on a photo of 1 megapixel."
+    from enhance_lib.enhance import enhance
+    from enhance_lib.workbench import load_model
+
+    photo = one_megapixel()
+    for name in ('jpeg-q10', 'jpeg-blind', 'srcnn-jpeg20'):
+        model = load_model(name)
+        ways = {
+            'predict': lambda model=model: model.predict(photo),
+            'enhance': lambda name=name: enhance(photo, name, 1, device='cpu', progress=False),
+        }
+        best = fastest(ways, 5)
+        what = f'{name}, 1 megapixel, CPU: `enhance(model=…)` takes, of what `predict` does'
+        yield f'{what} (best of 5)', f'{best["enhance"] / best["predict"]:.2f}×', '1.3× at most'
+
+
+def start_of_command(repeats: int = 3):
+    "What the command costs before the first photo is there."
+
+    def cost(*arguments):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([command, *arguments], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return used, time.perf_counter() - start
+
+    command = Path(sys.executable).parent / 'enhance'
+    cpu = min(cost('--help')[0] for _ in range(repeats))
+    yield f'`enhance --help`, CPU time (best of {repeats})', f'{cpu:.2f} s', '0.6 s at most'
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder) / 'photo.jpg'
+        save_photo(one_megapixel().crop((0, 0, 500, 500)), photo, quality=60)
+        seconds = min(cost(photo, '--scale', '2')[1] for _ in range(repeats))
+    what = f'`enhance photo.jpg --scale 2`, 0.25 megapixels, from a cold start (best of {repeats})'
+    yield what, f'{seconds:.1f} s', '10 s at most'
+
+
+def gain_of_choosing():
+    "What `enhance` chooses against doing always the same, on photos that recipe wild made bad."
+    from enhance_lib.crappify import apply_steps
+    from enhance_lib.enhance import Plan, as_photo, follow, jpeg_quality, plan_for
+    from enhance_lib.measure import psnr
+
+    folder = ROOT.parent / 'shared' / 'data' / 'bsds500' / 'val'
+    what = 'choosing, 256×256 crops of BSDS500 val, recipe wild, seed 0, RGB PSNR'
+    if not folder.is_dir():
+        yield what, 'no data', ''
+        return
+    ways = {
+        'leave it': Plan(None, 1, None, 1, 1, ''),
+        'always clean': Plan('jpeg-blind', 1, None, 1, 1, ''),
+        'always halve, enlarge': Plan(None, 2, 'realtime-x4-any', 1, 1, ''),
+        'always clean, halve, enlarge': Plan('jpeg-blind', 2, 'realtime-x4-any', 1, 1, ''),
+    }
+    found = {way: [] for way in (*ways, 'choose')}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / 'sent.jpg'
+        for path in find_photos(folder):
+            plan = RECIPES['wild'].draw(0, path.name, 256)
+            good = apply_steps(open_photo(path), plan['before'])
+            *steps, (_, last) = plan['steps']  # a JPEG, which is left to the file
+            apply_steps(good, steps).save(file, **last)
+            bad = open_photo(file)
+            chosen = plan_for(bad, jpeg_quality(file), scale=1)
+            for way, plan in {**ways, 'choose': chosen}.items():
+                found[way].append(psnr(as_photo(follow(plan, np.asarray(bad))), good))
+    means = {way: float(np.mean(values)) for way, values in found.items()}
+    for way, mean in means.items():
+        target = 'more than each of the others' if way == 'choose' else ''
+        yield f'{what}: {way}', f'{mean:.2f} dB', target
 
 
 def speed_of_training():
@@ -381,7 +465,10 @@ MEASUREMENTS: list[Callable] = [
     damage_of_gan,
     speed_of_predict,
     speed_of_enlarging,
-    memory_of_predict,
+    memory_of_large_photos,
+    speed_of_enhance,
+    start_of_command,
+    gain_of_choosing,
     speed_of_training,
     speed_of_unet_training,
     quality_of_published,
@@ -435,6 +522,6 @@ if __name__ == '__main__':
         crappify_folder(base / 'photos', base / 'bad', 'gan', 0, n_workers=2, progress=False)
         json.dump(peak_memory(), sys.stdout)
     elif sys.argv[1:2] == ['--memory-of']:
-        json.dump(grown_by_predict(sys.argv[2]), sys.stdout)
+        json.dump(grown_by(*sys.argv[2:4]), sys.stdout)
     else:
         main()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'FORMATS', 'SUFFIXES', 'MODES', 'DATASETS', 'PhotoError', 'PhotoWarning', 'Budget', 'Sample',
            'sample_photo', 'sample_photos', 'show_photos', 'use_small_figures', 'kept_info', 'open_photo',
-           'write_atomically', 'save_photo', 'find_photos', 'name_lot', 'write_table', 'read_table', 'tile_boxes',
-           'cut_tiles', 'join_tiles', 'make_sheet', 'split_sheet', 'PhotoSet', 'datasets_table', 'datasets_markdown',
-           'data_folder', 'get_dataset', 'upload_button', 'uploaded_file', 'uploaded_photo', 'check']
+           'write_atomically', 'encode_photo', 'save_photo', 'find_photos', 'name_lot', 'write_table', 'read_table',
+           'tile_boxes', 'cut_tiles', 'join_tiles', 'make_sheet', 'split_sheet', 'PhotoSet', 'datasets_table',
+           'datasets_markdown', 'data_folder', 'get_dataset', 'upload_button', 'uploaded_file', 'uploaded_photo',
+           'check']
 
 # %% ../nbs/00_photos.ipynb #ab57c7d1
 import hashlib
@@ -387,6 +388,61 @@ def write_atomically(
             temporary.unlink()
 
 # %% ../nbs/00_photos.ipynb #a9f18460
+def _format_of(name, quality):
+    "The format that a file's name says, and its options."
+    suffix = Path(name).suffix
+    format = Image.registered_extensions().get(suffix.lower())
+    if format not in FORMATS or format not in Image.SAVE:
+        known = ', '.join(s for s in SUFFIXES if Image.registered_extensions()[s] in Image.SAVE)
+        raise PhotoError(
+            f"'{name}': the suffix '{suffix}' names no format to save in. Use one of: {known}."
+        )
+    if not 1 <= quality <= 100:
+        raise PhotoError(f'A quality of {quality} is not possible: use 1 to 100.')
+    options = {'quality': quality} if format in ('JPEG', 'WEBP', 'AVIF') else {}
+    return format, options | ({'subsampling': '4:4:4'} if format == 'JPEG' else {})
+
+
+def _encode(photo, target, name, format, options):
+    "Write a photo to a path or a file object."
+    if photo.mode.endswith('A') and format in ('JPEG', 'PPM', 'BMP'):
+        warnings.warn(
+            f"'{name}': {format} has no transparency; laid on white.", PhotoWarning, stacklevel=3
+        )
+        photo = open_photo(photo, 'L' if photo.mode == 'LA' else 'RGB')
+    kept = kept_info(photo)
+    try:
+        photo.save(target, format, **kept, **options)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno:  # such as a full disk
+            raise
+        # rubbish in EXIF or resolution, or too much of it, must not cost the photo
+        bare = {k: v for k, v in kept.items() if k not in ('exif', 'dpi')}
+        if isinstance(target, io.BytesIO):
+            target.seek(0), target.truncate()
+        try:
+            photo.save(target, format, **bare, **options)
+        except Exception as e:
+            raise PhotoError(f"'{name}' could not be written: {e}.") from e
+        warnings.warn(
+            f"'{name}': saved without its EXIF data and resolution ({e}).",
+            PhotoWarning,
+            stacklevel=3,
+        )
+
+
+def encode_photo(
+    photo: Image.Image,  # as `open_photo` gives it
+    name: str | Path,  # what the file will be called: its suffix says the format
+    quality: int = 95,  # 1 to 100, for the lossy formats
+) -> bytes:  # what `save_photo` would write
+    "A photo as the content of a file, without writing one. Raises `PhotoError`."
+    format, options = _format_of(name, quality)
+    file = io.BytesIO()
+    _encode(photo, file, name, format, options)
+    return file.getvalue()
+
+
 def save_photo(
     photo: Image.Image,  # as `open_photo` gives it
     path: str | Path,  # its suffix says the format
@@ -394,45 +450,13 @@ def save_photo(
 ) -> Path:
     "Save a photo atomically as its name says, with profile and EXIF. Raises `PhotoError`."
     path = Path(path)
-    format = Image.registered_extensions().get(path.suffix.lower())
-    if format not in FORMATS or format not in Image.SAVE:
-        known = ', '.join(s for s in SUFFIXES if Image.registered_extensions()[s] in Image.SAVE)
-        raise PhotoError(
-            f"'{path}': the suffix '{path.suffix}' names no format to save in. Use one of: {known}."
-        )
+    format, options = _format_of(path, quality)
     if os.path.isdir(path):  # Path.is_dir raises where it may not look
         raise PhotoError(f"'{path}' is a folder. Give the photo a name in it.")
     if '\0' in str(path):
         raise PhotoError(f"'{path}' could not be written: there is a zero byte in its name.")
-    if not 1 <= quality <= 100:
-        raise PhotoError(f'A quality of {quality} is not possible: use 1 to 100.')
-    if photo.mode.endswith('A') and format in ('JPEG', 'PPM', 'BMP'):
-        warnings.warn(
-            f"'{path}': {format} has no transparency; laid on white.", PhotoWarning, stacklevel=2
-        )
-        photo = open_photo(photo, 'L' if photo.mode == 'LA' else 'RGB')
-    options = kept_info(photo)
-    if format in ('JPEG', 'WEBP', 'AVIF'):
-        options['quality'] = quality
-    if format == 'JPEG':
-        options['subsampling'] = '4:4:4'
     with write_atomically(path) as temporary:
-        try:
-            photo.save(temporary, format, **options)
-        except Exception as e:
-            if isinstance(e, OSError) and e.errno:  # such as a full disk
-                raise
-            # rubbish in EXIF or resolution, or too much of it, must not cost the photo
-            bare = {k: v for k, v in options.items() if k not in ('exif', 'dpi')}
-            try:
-                photo.save(temporary, format, **bare)
-            except Exception as e:
-                raise PhotoError(f"'{path}' could not be written: {e}.") from e
-            warnings.warn(
-                f"'{path}': saved without its EXIF data and resolution ({e}).",
-                PhotoWarning,
-                stacklevel=2,
-            )
+        _encode(photo, temporary, path, format, options)
     return path
 
 # %% ../nbs/00_photos.ipynb #7c65db8f

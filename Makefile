@@ -8,7 +8,7 @@ READY := .venv/.ready
 # In a container one is often root, which Jupyter wants to be told.
 AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
-.PHONY: help setup course lab test bench weights stamp clean-notebooks
+.PHONY: help setup course lab app test bench weights stamp clean-notebooks
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -34,7 +34,12 @@ course: $(READY)  ## run every lesson, write the results and a gallery to _cours
 	@$(BIN)/python tools/course.py --budget $(BUDGET)
 
 lab: $(READY)  ## open the course in JupyterLab
-	@$(BIN)/jupyter lab $(AS_ROOT) nbs/index.ipynb
+	@$(BIN)/jupyter lab $(AS_ROOT) --config=app/jupyter_lab.json nbs/index.ipynb
+
+app: HOST = 127.0.0.1
+app: PORT = 8866
+app: $(READY)  ## serve the app in the browser (PORT=9000; for others HOST=0.0.0.0 TOKEN=a-password)
+	@$(BIN)/python tools/app.py --host '$(HOST)' --port '$(PORT)' --token '$(TOKEN)'
 
 test: $(READY)  ## everything that CI runs
 	@echo '== ruff: style and common mistakes'

@@ -1,0 +1,48 @@
+"""Serve the app on a page of its own: `make app`, or `make app PORT=9000 HOST=0.0.0.0 TOKEN=…`."""
+
+import argparse
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / 'app'
+
+
+def is_loopback(host: str) -> bool:
+    "Whether only this machine can reach that address."
+    if host == 'localhost':
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--host', default='127.0.0.1')
+    parser.add_argument('--port', type=int, default=8866)
+    parser.add_argument('--token', default='')
+    parser.add_argument('--no-browser', action='store_true')
+    options = parser.parse_args()
+    if not is_loopback(options.host) and not options.token:
+        sys.exit(
+            f'Others could reach the app on {options.host}, and make this machine compute. Give '
+            'them a password: make app HOST=… TOKEN=…, and the address that is shown then. Use '
+            'https (a proxy before it) where the network between is not yours.'
+        )
+    arguments = [
+        *('voila', 'enhance.ipynb', f'--Voila.ip={options.host}', f'--port={options.port}'),
+        *([f'--token={options.token}'] if options.token else []),
+        *(['--no-browser'] if options.no_browser else []),
+    ]
+    # Voilà looks for its templates along this path, and for voila.json where it is started
+    paths = [str(FOLDER / 'jupyter'), os.environ.get('JUPYTER_PATH', '')]
+    os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, paths))
+    os.chdir(FOLDER)
+    os.execv(sys.executable, [sys.executable, '-m', *arguments])
+
+
+if __name__ == '__main__':
+    main()

@@ -269,15 +269,15 @@ def _build(self: EnhanceApp):
     self.sample = widgets.Dropdown(
         options=[('…or try one of these', ''), *((n, n) for n in _SAMPLES)], layout=wide
     )
-    style = {'description_width': '5em'}
+    fit = {'style': {'description_width': '5em'}, 'layout': {'width': '24em', 'max_width': '100%'}}
     auto = [('chosen by looking', '')]
-    self.model = widgets.Dropdown(options=auto, description='model', style=style)
+    self.model = widgets.Dropdown(options=auto, description='model', **fit)
     scales = [('small photos grow', 'auto'), *((f'{s} times', s) for s in (1, 2, 3, 4))]
-    self.scale = widgets.Dropdown(options=scales, description='scale', style=style)
-    levels = [('as many rounds as are needed', 0), *((str(n), n) for n in range(1, 11))]
-    self.level = widgets.Dropdown(options=levels, description='level', style=style)
+    self.scale = widgets.Dropdown(options=scales, description='scale', **fit)
+    levels = [('as many rounds as needed', 0), *((str(n), n) for n in range(1, 11))]
+    self.level = widgets.Dropdown(options=levels, description='level', **fit)
     self.strength = widgets.FloatSlider(
-        1.0, min=0.0, max=1.0, step=0.05, description='strength', style=style
+        1.0, min=0.0, max=1.0, step=0.05, description='strength', **fit
     )
     self.settings = widgets.Accordion(
         [widgets.VBox([self.model, self.scale, self.level, self.strength])], selected_index=None

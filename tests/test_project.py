@@ -113,7 +113,7 @@ def test_every_import_is_a_requirement():
     "What the package imports comes with Python, or with something that settings.ini names."
     names = {'PIL': 'pillow', 'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}
     # These come along with a requirement.
-    names |= {'IPython': 'ipywidgets', 'matplotlib_inline': 'ipywidgets'}
+    names |= {name: 'ipywidgets' for name in ('IPython', 'matplotlib_inline', 'traitlets')}
     names |= {'fasttransform': 'fastai', 'requests': 'pooch'}
     required = {re.match(r'[\w-]+', line)[0] for line in setting_lines('requirements')}
     missing = set()

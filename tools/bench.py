@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -319,6 +321,42 @@ def start_of_command(repeats: int = 3):
     yield what, f'{seconds:.1f} s', '10 s at most'
 
 
+def start_of_app():
+    "Seconds from opening the app's page to its upload button, in a browser."
+    what, target = '`make app`: from opening the page to the upload button', '5 s at most'
+    chromium = shutil.which('chromium')
+    if not chromium:
+        yield what, 'no Chromium here', target
+        return
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / 'tools' / 'app.py', '--port', str(port), '--no-browser']
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = []
+    try:
+        with sync_playwright() as playwright:
+            options = {'executable_path': chromium, 'args': ['--no-sandbox', '--disable-gpu']}
+            browser = playwright.chromium.launch(**options)
+            while len(seconds) < 3:
+                page, start = browser.new_page(), time.perf_counter()
+                try:
+                    page.goto(f'http://127.0.0.1:{port}')
+                except Exception:  # it does not listen yet
+                    time.sleep(0.2)
+                    continue
+                page.get_by_text('Choose a photo').wait_for()
+                seconds.append(time.perf_counter() - start)
+                page.close()
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+    yield f'{what} (worst of 3)', f'{max(seconds):.1f} s', target
+
+
 def gain_of_choosing():
     "What `enhance` chooses against doing always the same, on photos that recipe wild made bad."
     from enhance_lib.crappify import apply_steps
@@ -468,6 +506,7 @@ MEASUREMENTS: list[Callable] = [
     memory_of_large_photos,
     speed_of_enhance,
     start_of_command,
+    start_of_app,
     gain_of_choosing,
     speed_of_training,
     speed_of_unet_training,

@@ -249,7 +249,9 @@ class EnhanceApp:
             from google.colab import output
 
             output.enable_custom_widget_manager()
-        threading.Thread(target=self._prepare, daemon=True).start()
+        later = threading.Timer(1.5, self._prepare)  # the page first: both want the processor
+        later.daemon = True
+        later.start()
 
     def _prepare(self):
         "Import what takes seconds, while somebody chooses a photo."

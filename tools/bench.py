@@ -341,11 +341,11 @@ def start_of_app():
             options = {'executable_path': chromium, 'args': ['--no-sandbox', '--disable-gpu']}
             browser = playwright.chromium.launch(**options)
             while len(seconds) < 3:
+                time.sleep(5)  # the visitor before still imports torch
                 page, start = browser.new_page(), time.perf_counter()
                 try:
                     page.goto(f'http://127.0.0.1:{port}')
                 except Exception:  # it does not listen yet
-                    time.sleep(0.2)
                     continue
                 page.get_by_text('Choose a photo').wait_for()
                 seconds.append(time.perf_counter() - start)
@@ -354,7 +354,8 @@ def start_of_app():
     finally:
         server.terminate()
         server.wait()
-    yield f'{what} (worst of 3)', f'{max(seconds):.1f} s', target
+    times = ', '.join(f'{s:.1f}' for s in seconds)
+    yield f'{what} (three times)', f'{times} s', target
 
 
 def gain_of_choosing():

@@ -224,7 +224,7 @@ def accuracy(
 
 
 cross_entropy = AdaptiveLoss(nn.BCEWithLogitsLoss())  # of each place, against one label a picture
-gan_adam = partial(Adam, mom=0.0, sqr_mom=0.99)  # the betas of fastai's lesson; no momentum
+gan_adam = partial(Adam, mom=0.0, sqr_mom=0.99)  # no momentum, as in fastai's course of 2019
 
 
 def critic_learner(
@@ -381,13 +381,16 @@ def plot_game(
     losses = axes[0, 0]
     for who, color in (('critic', 'tab:blue'), ('generator', 'tab:orange')):
         rows = [row for row in watch.steps if row['who'] == who]
-        losses.plot([r['step'] for r in rows], [r['loss'] for r in rows], color=color, label=who)
+        mark = '.' if len(rows) < 10 else None  # a line of one point is not to be seen
+        steps, found = [r['step'] for r in rows], [r['loss'] for r in rows]
+        losses.plot(steps, found, marker=mark, color=color, label=who)
     turns = np.array([[row['who'] == 'generator' for row in watch.steps]])
-    strip = losses.inset_axes([0, 0, 1, 0.06])  # blue where the critic trained
+    strip = losses.inset_axes([0, 1.02, 1, 0.05])  # blue where the critic trained
     colours = plt.matplotlib.colors.ListedColormap(['tab:blue', 'tab:orange'])
     strip.imshow(turns, aspect='auto', cmap=colours, vmin=0, vmax=1, interpolation='nearest')
     strip.axis('off')
-    losses.set(ylabel='loss', title='losses; below: who trained')
+    losses.set(ylabel='loss')
+    losses.set_title('losses; the strip: who trained', pad=14)
     losses.legend()
     best = watch.best['step']
     for ax, name in zip(axes.flat[1:], names):

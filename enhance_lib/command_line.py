@@ -171,11 +171,36 @@ def enhance_evaluate(
 # %% ../nbs/command_line.ipynb #10a00002
 def _target(photo, out, format):
     "Where the enhanced version of one photo goes."
+    from enhance_lib.photos import PhotoError
+
     suffix = f'.{format.lower().lstrip(".")}' if format else photo.suffix
     beside = photo.with_name(f'{photo.stem}-enhanced{suffix}')
     if out is None:
         return beside
-    return out / beside.name if out.is_dir() or not out.suffix else out
+    if out.is_dir() or not out.suffix:
+        return out / beside.name
+    if format and out.suffix.lower() != suffix:
+        raise PhotoError(f"--out '{out}' and --format {format} name two formats. Leave one away.")
+    return out
+
+
+def _named(photos):
+    "Paths for what was named: stars are expanded where the shell does not do it (on Windows)."
+    from glob import glob
+
+    found = []
+    for name in photos:
+        stars = '*' in name and not Path(name).exists()
+        found += [Path(p) for p in (sorted(glob(name)) if stars else [name])] or [Path(name)]
+    # what an earlier run made of a photo that is named too: `enhance *.jpg` a second time
+    stems = {photo.with_suffix('') for photo in found}
+    ours = [p for p in found if p.stem.endswith('-enhanced') and _original(p) in stems]
+    return [photo for photo in found if photo not in ours]
+
+
+def _original(photo):
+    "The path, without suffix, of what `photo` was made from, by its name."
+    return photo.with_name(photo.stem.removesuffix('-enhanced'))
 
 
 def _sources(photos, format):
@@ -199,18 +224,28 @@ def _sources(photos, format):
     return sources
 
 
-def _enhance_file(photo, target, settings, compare):
+def _enhance_file(photo, target, settings, compare, overwrite):
     "Enhance one photo to a file."
-    from enhance_lib.enhance import enhance, save_compared
-    from enhance_lib.photos import PhotoError
+    from PIL import Image
 
-    if target.resolve() == photo.resolve():
-        raise PhotoError(f"'{photo}' would be overwritten. Choose another name for --out.")
+    from enhance_lib.enhance import enhance, save_compared
+    from enhance_lib.photos import PhotoError, encode_photo
+
+    compared = target.with_name(f'{target.stem}-compared.png')
+    for path in [target, *[compared] * compare]:
+        if path.resolve() == photo.resolve():
+            raise PhotoError(f"'{photo}' would be overwritten. Choose another name for --out.")
+        if path.exists() and not overwrite:
+            raise PhotoError(
+                f"'{path}' is there already. Choose another name with --out, or say --overwrite."
+            )
+        encode_photo(Image.new('L', (8, 8)), path)  # raises now, not after all the work
     better = enhance(photo, **settings)
     better.save(target)
-    if compare:
-        save_compared(photo, better, target.with_name(f'{target.stem}-compared.png'))
     sys.stdout.write(f'{target}: {better}\n')
+    if compare:
+        save_compared(photo, better, compared)
+        sys.stdout.write(f'{compared}: before and after\n')
 
 
 def _enhance_folder(sources, out, format, settings, compare):
@@ -218,7 +253,9 @@ def _enhance_folder(sources, out, format, settings, compare):
     from enhance_lib.enhance import enhance_folder
 
     compared = out.with_name(f'{out.name}-compared') if compare else None
-    return _finish(enhance_folder(sources, out, **settings, format=format, compared=compared))
+    code = _finish(enhance_folder(sources, out, **settings, format=format, compared=compared))
+    sys.stdout.write(f'They are in {out}{f" and {compared}" if compared else ""}\n')
+    return code
 
 # %% ../nbs/command_line.ipynb #10a00003
 @command
@@ -234,6 +271,7 @@ def enhance(
     tile: int = None,  # side of the tiles in pixels; by default what fits the memory
     format: str = None,  # png, jpg, webp...; by default as the photo was
     compare: store_true = False,  # write pictures of before and after, too
+    overwrite: store_true = False,  # a file that is there already (folders know their own)
     list: store_true = False,  # show the published models
     lr_path: str = None,  # another name for PHOTO
     sr_path: str = None,  # another name for --out
@@ -246,7 +284,7 @@ def enhance(
         return 0
     from enhance_lib.photos import PhotoError
 
-    photos = [Path(p) for p in (*(photos or ()), lr_path) if p]
+    photos = _named([p for p in (*(photos or ()), lr_path) if p])
     out = Path(out or sr_path) if out or sr_path else None
     if not photos:
         raise PhotoError('Name a photo or a folder. See --help.')
@@ -258,6 +296,8 @@ def enhance(
     settings |= {'keep_colors': keep_colors, 'device': device, 'tile': tile}
     folders = [photo for photo in photos if photo.is_dir()]
     if out and (folders or len(photos) > 1):
+        if out.suffix and not out.is_dir():
+            raise PhotoError(f"'{out}' looks like a file; several photos go to a folder.")
         if len(photos) == 1:  # says where they overlap, and names formats that are not there
             return _enhance_folder(photos[0], out, format, settings, compare)
         return _enhance_folder(_sources(photos, format), out, None, settings, compare)
@@ -268,7 +308,8 @@ def enhance(
                 beside = photo.resolve().with_name(f'{photo.resolve().name}-enhanced')
                 codes.append(_enhance_folder(photo, beside, format, settings, compare))
             else:
-                _enhance_file(photo, _target(photo, out, format), settings, compare)
+                target = _target(photo, out, format)
+                _enhance_file(photo, target, settings, compare, overwrite)
         except PhotoError as e:
             if len(photos) == 1:
                 raise

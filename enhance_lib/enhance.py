@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_TILE', 'open_pixels', 'as_photo', 'save_pixels', 'encode_pixels', 'jpeg_quality', 'noise_level', 'detail_share',
-           'find_scale_factor', 'Look', 'look', 'Plan', 'choose', 'fitting_tile', 'run_tiles', 'check_settings',
-           'check_size', 'predict', 'upgrade', 'compare', 'Enhanced', 'follow', 'plan_for', 'enhance', 'save_compared',
-           'enhance_folder', 'model_table']
+           'flat_share', 'find_scale_factor', 'Look', 'look', 'Plan', 'choose', 'fitting_tile', 'run_tiles',
+           'check_settings', 'check_size', 'predict', 'upgrade', 'compare', 'Enhanced', 'follow', 'plan_for', 'enhance',
+           'save_compared', 'enhance_folder', 'model_table']
 
 # %% ../nbs/10_enhance.ipynb #65023e3a
 import io
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -150,10 +151,12 @@ def _write_png_16(file, pixels, info):
 
 
 def _write_tiff_16(file, pixels, info):
-    "TIFF of 16 bits with its profile."
+    "TIFF of 16 bits with profile and resolution."
     from tifffile import imwrite
 
-    options = {'iccprofile': info.get('icc_profile'), 'compression': 'zlib'}
+    options = {'iccprofile': info.get('icc_profile'), 'compression': 'zlib', 'metadata': None}
+    if info.get('dpi'):
+        options |= {'resolution': [float(d) for d in info['dpi']], 'resolutionunit': 'INCH'}
     n_channels = pixels.shape[2]
     if n_channels == 1:
         return imwrite(file, pixels[..., 0], photometric='minisblack', **options)
@@ -259,6 +262,16 @@ def detail_share(
     # the coarsest waves are left out: they are the light, not the photo's detail
     return float(energy[frequency >= 0.25].sum() / energy[frequency > 0.02].sum())
 
+# %% ../nbs/10_enhance.ipynb #0171420f
+def flat_share(
+    photo: Image.Image,  # of any mode
+) -> float:  # 0 to 1
+    "The share of pixels that are exactly like their right neighbour."
+    pixels = np.asarray(open_photo(photo, 'RGB'))
+    if photo.width < 2:
+        return 0.0
+    return float((pixels[:, 1:] == pixels[:, :-1]).all(2).mean())
+
 # %% ../nbs/10_enhance.ipynb #69671b43
 def find_scale_factor(
     img: Image.Image,  # of any size
@@ -280,8 +293,9 @@ class Look:
 
     scale: float  # how many times it should grow, by `find_scale_factor`
     quality: int | None  # of its JPEG, 1 to 100; None: it is none, or was none when it was opened
-    noise: float  # see `noise_level`
-    detail: float  # see `detail_share`
+    noise: float = 0.0  # see `noise_level`
+    detail: float = 1.0  # see `detail_share`
+    flat: float = 0.0  # see `flat_share`
 
 
 def look(
@@ -289,7 +303,9 @@ def look(
     quality: int | None = None,  # from `jpeg_quality`, which needs the file
 ) -> Look:
     "Look at a photo before anything is done to it."
-    return Look(find_scale_factor(photo), quality, noise_level(photo), detail_share(photo))
+    scale = find_scale_factor(photo)
+    scale = 1 if scale < 1.25 else scale  # so little more is not worth being drawn anew
+    return Look(scale, quality, noise_level(photo), detail_share(photo), flat_share(photo))
 
 
 @dataclass
@@ -299,7 +315,7 @@ class Plan:
     clean: str | None  # a model that mends it at its size, or None
     shrink: int  # make it this many times smaller per side: it has no more detail than that
     model: str | PhotoModel | None  # what enhances it, or None
-    level: int  # rounds of that
+    level: int  # rounds of that; without it, of cleaning
     scale: float  # times per side that the result is larger than the photo
     why: str  # the reasons, in words
 
@@ -307,31 +323,43 @@ class Plan:
 def choose(
     seen: Look,  # from `look`
     scale: float | None = None,  # times per side; None: as `seen` says
+    level: int | None = None,  # rounds; None: as many as are needed
 ) -> Plan:
     "What a photo needs."
     scale = seen.scale if scale is None else scale
     q, clean, shrink, model, why = seen.quality, 'jpeg-blind', 1, None, []
-    if q is None:
+    if q is None and seen.flat > 0.75:
+        clean = None
+        why.append('drawn, not photographed: nothing to clean')
+    elif q is None:
         why.append('no JPEG, or not any more: cleaned with jpeg-blind, in case it was one')
     elif q >= 96:
         clean = None
         why.append(f'JPEG of quality {q}: nothing to clean')
     else:
         why.append(f'JPEG of quality {q}: cleaned with jpeg-blind')
-    worn = q is not None and q < 92
-    if seen.noise > 4 if worn else q is None and seen.noise > 8:
+    if clean and (q is None or q < 92) and seen.noise > 5:
         shrink = 2
         why.append(f'noise of {seen.noise:.0f} levels: halved first, which averages it')
-    elif worn and seen.detail < 0.03:
+    elif q is not None and q < 92 and seen.detail < 0.01:
         shrink = 2
-        why.append('worn, and no fine detail in so many pixels: halved first')
-    if shrink * scale != 1:
+        why.append('no fine detail in so many pixels: halved first')
+    if shrink > 1 or scale > 1:
         model = 'realtime-x2' if shrink == 1 and scale <= 2 else 'realtime-x4-any'
-        result = f'{scale:g} times as large' if scale != 1 else 'as large as before'
-        why.append(f'made {result} with {model}')
-    per_round = 2 if model == 'realtime-x2' else 4
-    level = max(1, math.ceil(math.log(shrink * scale, per_round) - 1e-9))
+        per_round = 2 if model == 'realtime-x2' else 4
+        level = level or max(1, math.ceil(math.log(shrink * scale, per_round) - 1e-9))
+    if model or scale < 1:
+        why.append(_made(scale, model))
+    level = level or 1
+    if level > 1 and (clean or model):
+        why.append(f'{level} rounds')
     return Plan(clean, shrink, model, level, scale, '; '.join(why))
+
+
+def _made(scale, name):
+    "Words for what a model, or nothing but Lanczos, makes of a photo."
+    size = f'{scale:.3g} times as large' if scale != 1 else 'as large as before'
+    return f'made {size} with {name}' if name else f'made {size}'
 
 # %% ../nbs/10_enhance.ipynb #466d5a66
 def _window(start, end, length, dead, fade):
@@ -485,12 +513,12 @@ def check_settings(
 ):
     "Raise `PhotoError` for a scale, level or strength that is not possible."
     if scale is not None and not (
-        isinstance(scale, (int, float)) and 0 < scale < math.inf  # NaN fails too
+        isinstance(scale, Real) and 0 < scale < math.inf  # NaN fails too
     ):
         raise PhotoError(f'A scale of {scale!r} is not possible: a number above 0, or auto.')
-    if level is not None and not (isinstance(level, int) and 1 <= level <= 10):
+    if level is not None and not (isinstance(level, Integral) and 1 <= level <= 10):
         raise PhotoError(f'A level of {level!r} is not possible: a whole number from 1 to 10.')
-    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+    if not (isinstance(strength, Real) and 0 <= strength <= 1):
         raise PhotoError(f'A strength of {strength!r} is not possible: from 0 to 1.')
 
 
@@ -667,7 +695,8 @@ def follow(
     on_tile: Callable = lambda fraction: None,  # called after each tile; may raise to stop
 ) -> np.ndarray:  # plan.scale times as large per side, of the same type
     "Do to a photo what a plan says. Raises `PhotoError`, as `run_tiles` does."
-    stages, done = (plan.clean is not None) + (plan.model is not None) * plan.level, 0
+    n_cleaned = (1 if plan.model else plan.level) if plan.clean else 0
+    stages, done = n_cleaned + (plan.level if plan.model else 0), 0
 
     def run(model, pixels):
         nonlocal done
@@ -677,7 +706,7 @@ def follow(
         return result
 
     better, size = colours, _size(colours, plan.scale)
-    if plan.clean:
+    for _ in range(n_cleaned):
         better = run(_model(plan.clean), better)
     if plan.shrink > 1:
         better = _resized(better, *_size(better, 1 / plan.shrink))
@@ -698,16 +727,15 @@ def plan_for(
 ) -> Plan:
     "What to do with a photo: what was asked for, and what was not, chosen. Raises `PhotoError`."
     if model is None:
-        plan = choose(look(photo, quality), scale)
-        plan.level = level or plan.level
-        return plan
+        return choose(look(photo, quality), scale, level)
     model = _model(model)
     scale, rounds = find_scale_factor(photo) if scale is None else scale, 1
     if model.scale > 1 and scale > 1:
         rounds = math.ceil(math.log(scale, model.scale) - 1e-9)
     name = getattr(model, 'card', {}).get('name', type(model).__name__)
-    result = f'{scale:g} times as large' if scale != 1 else 'as large as before'
-    return Plan(None, 1, model, level or rounds, scale, f'made {result} with {name}, as asked')
+    rounds = level or rounds
+    why = f'{_made(scale, name)}, as asked' + (f'; {rounds} rounds' if rounds > 1 else '')
+    return Plan(None, 1, model, rounds, scale, why)
 
 
 def _bar(large):
@@ -739,7 +767,8 @@ def enhance(
     if hasattr(photo, 'read'):
         photo = photo.read()
     pixels, info = open_pixels(photo, name)
-    flat = as_photo(pixels[..., : pixels.shape[2] - (pixels.shape[2] % 2 == 0)])
+    has_alpha = pixels.shape[2] % 2 == 0
+    flat = as_photo(pixels[..., :-1] if has_alpha else pixels)
     plan = plan_for(flat, jpeg_quality(photo), model, scale, level)
     check_size(*flat.size, plan.scale, max_pixels)
     on_tile = progress

@@ -24,6 +24,7 @@ FLAGS = {
         'tile',
         'format',
         'compare',
+        'overwrite',
         'list',
         'lr-path',
         'sr-path',

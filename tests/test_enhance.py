@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,6 +38,7 @@ from enhance_lib.enhance import (
     enhance_folder,
     find_scale_factor,
     fitting_tile,
+    flat_share,
     follow,
     jpeg_quality,
     model_table,
@@ -227,25 +229,43 @@ def test_detail_of_waves_that_are_known():
     assert detail_share(Image.new('L', (63, 300))) == 1
 
 
-def test_the_rule_says_what_it_does():
-    for quality in (None, 30, 91, 92, 95, 96, 100):
-        for noise in (0.0, 9.0):
-            for detail in (0.001, 0.5):
-                for scale in (1, 1.5, 2, 3, 4, 6, 16):
-                    plan = choose(Look(1, quality, noise, detail), scale)
-                    assert (plan.clean is None) == (quality is not None and quality >= 96)
-                    assert ('halved' in plan.why) == (plan.shrink == 2)
-                    if quality is not None and quality >= 92:
-                        assert plan.shrink == 1, 'a good photo keeps its pixels'
-                    assert (plan.model is None) == (scale == 1 and plan.shrink == 1)
-                    if plan.model:
-                        assert plan.model in plan.why
-                        reach = load_scale(plan.model) ** plan.level
-                        assert reach >= plan.shrink * scale
-                        # not a round more than it takes
-                        assert (
-                            plan.level == 1 or reach / load_scale(plan.model) < plan.shrink * scale
-                        )
+@pytest.mark.parametrize('scale', [0.5, 1, 1.5, 2, 3, 4, 6, 16])
+@pytest.mark.parametrize('quality', [None, 30, 91, 92, 95, 96, 100])
+def test_the_rule_says_what_it_does(quality, scale):
+    for noise, detail, flat in itertools.product((0.0, 9.0), (0.001, 0.5), (0.1, 0.9)):
+        plan = choose(Look(1, quality, noise, detail, flat), scale)
+        nothing = quality >= 96 if quality else flat == 0.9
+        assert (plan.clean is None) == nothing
+        assert ('halved' in plan.why) == (plan.shrink == 2)
+        if nothing or (quality or 0) >= 92:
+            assert plan.shrink == 1, 'a good photo keeps its pixels'
+        assert (plan.model is None) == (scale <= 1 and plan.shrink == 1)
+        if plan.model:
+            assert plan.model in plan.why
+            per_round = load_scale(plan.model)
+            reach = per_round**plan.level
+            assert reach >= plan.shrink * scale
+            # not a round more than it takes
+            assert plan.level == 1 or reach / per_round < plan.shrink * scale
+        assert (f'{plan.level} rounds' in plan.why) == (plan.level > 1)
+
+
+def test_drawings_are_not_cleaned(tmp_path):
+    drawing = Image.new('RGB', (600, 300), 'white')
+    ImageDraw.Draw(drawing).rectangle((40, 40, 200, 120), 'navy')
+    drawing.save(tmp_path / 'a.png')
+    better = enhance(tmp_path / 'a.png')
+    assert better.photo.tobytes() == drawing.tobytes() and 'drawn' in better.plan.why
+    drawing.save(tmp_path / 'a.jpg', quality=30)  # a JPEG of it has ripples to be cleaned
+    assert 'jpeg-blind' in enhance(tmp_path / 'a.jpg').plan.why
+
+
+def test_flat_share_counts_neighbours():
+    assert flat_share(Image.new('RGB', (40, 30), 'navy')) == 1
+    half = np.zeros((2, 5, 3), np.uint8)
+    half[:, 3:, 2] = 9  # one change in four, and in one channel only
+    assert flat_share(Image.fromarray(half)) == 0.75
+    assert flat_share(Image.new('L', (1, 9))) == 0
 
 
 def load_scale(name):
@@ -549,6 +569,20 @@ def test_level_is_the_number_of_rounds(cat):
         model = Same()
         enhance(cat, model, 1, level)
         assert len(model.sizes) == level
+    told = []
+    better = enhance(cat, scale=1, level=3, progress=told.append)  # rounds of cleaning
+    assert better.plan.model is None and '3 rounds' in better.plan.why and len(told) == 3
+
+
+def test_numbers_of_numpy_are_numbers(cat):
+    better = enhance(cat, scale=np.int64(2), level=np.int32(1), strength=np.float32(0.5))
+    assert better.photo.size == (240, 160)
+
+
+def test_resolution_of_a_tiff_is_kept(tmp_path):
+    save_pixels(array(8, 8, 3, np.uint16), tmp_path / 'a.tif', {'dpi': (300, 300)})
+    assert [round(float(d)) for d in Image.open(tmp_path / 'a.tif').info['dpi']] == [300, 300]
+    assert round(float(open_pixels(tmp_path / 'a.tif')[1]['dpi'][0])) == 300
 
 
 def test_a_photo_is_never_made_smaller_than_it_is_on_the_way(cat):
@@ -894,6 +928,35 @@ def test_names_for_one_photo(folder):
     )
 
 
+def test_a_file_that_is_there_is_not_overwritten_unless_asked(folder, capsys):
+    make_photos(folder, 1, side=40)
+    precious = (folder / 'p00.jpg').read_bytes()
+    assert call('photos/p00.jpg', '--out', 'p00.jpg', *FAST) == 2
+    assert 'p00.jpg' in capsys.readouterr().err and (folder / 'p00.jpg').read_bytes() == precious
+    assert call('photos/p00.jpg', '--out', 'p00.jpg', '--overwrite', *FAST) == 0
+    assert (folder / 'p00.jpg').read_bytes() != precious
+    (folder / 'new-compared.png').write_text('mine')
+    assert call('photos/p00.jpg', '--out', 'new.jpg', '--compare', *FAST) == 2
+    assert (folder / 'new-compared.png').read_text() == 'mine'
+    assert not (folder / 'new.jpg').exists()
+
+
+def test_stars_and_a_second_run(folder, capsys):
+    "As a shell that does not expand stars gives them; results are not enhanced again."
+    assert call('photos/*.jpg', *FAST) == 0
+    assert call('photos/*.jpg', '--overwrite', *FAST) == 0
+    names = ['p00-enhanced.jpg', 'p00.jpg', 'p01-enhanced.jpg', 'p01.jpg']
+    assert sorted(contents(folder / 'photos')) == names
+    assert call('nothing/*.jpg', *FAST) == 2
+    assert 'nothing/*.jpg' in capsys.readouterr().err
+
+
+def test_a_format_that_can_not_be_saved_is_refused_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(module, 'enhance', lambda *a, **k: pytest.fail('it has begun'))
+    assert call('photos/p00.jpg', '--out', 'o.xyz', *FAST) == 2
+    assert call('photos/p00.jpg', '--format', 'tga2', *FAST) == 2
+
+
 def test_several_photos_and_folders(folder, capsys):
     assert call('photos', '--out', 'a', *FAST) == 0
     assert sorted(contents(folder / 'a')) == ['enhance.csv', 'p00.jpg', 'p01.jpg']
@@ -931,13 +994,14 @@ def test_several_photos_and_folders(folder, capsys):
         (['photos/p00.jpg', '--format', 'mp3'], '.mp3'),
         (['photos', '--format', 'mp3'], 'mp3'),
         (['photos', '--out', 'photos'], 'overlap'),
-        (['photos', '--out', 'file.txt'], 'is a file'),
-        (['photos', 'more', '--out', 'file.txt'], 'file.txt'),
+        (['photos', '--out', 'file'], 'is a file'),
+        (['photos', 'more', '--out', 'file.txt'], 'looks like a file'),
+        (['photos/p00.jpg', '--out', 'a.jpg', '--format', 'png'], 'two formats'),
         (['photos/p00.jpg', 'more/p00.jpg', '--out', 'x'], "would become 'p00.jpg'"),
     ],
 )
 def test_what_can_not_be_done_is_one_sentence(folder, capsys, arguments, words):
-    (folder / 'file.txt').write_text('mine')
+    (folder / 'file').write_text('mine')
     before = contents(folder)
     assert call(*arguments) == 2
     out, err = capsys.readouterr()

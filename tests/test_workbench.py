@@ -1856,7 +1856,7 @@ def test_tiles_of_a_network_that_sees_far_on_its_grid_are_parts_of_the_whole(siz
 )  # fmt: skip
 def test_outer_boxes_lie_on_the_grid(width, height, tile, margin, multiple):
     for box in tile_boxes(width, height, tile, 0):
-        outer = workbench._grown(box, margin, multiple, width, height)
+        outer = workbench.grown_box(box, margin, multiple, width, height)
         for low, high, from_, to, end in zip(box, box[2:], outer, outer[2:], (width, height)):
             assert from_ % multiple == 0 and (to % multiple == 0 or to == end)
             assert 0 <= from_ <= max(low - margin, 0) and min(high + margin, end) <= to <= end

@@ -211,8 +211,8 @@ class DownloadButton(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def _answer(self, widget, message, buffers):
-        made = self.make()
-        if message == {'wanted': 'file'} and made:
+        made = self.make() if message == {'wanted': 'file'} else None
+        if made:
             name, content = made
             kind = mimetypes.guess_type(name)[0] or 'application/octet-stream'
             self.send({'name': name, 'type': kind}, buffers=[content])
@@ -338,7 +338,7 @@ def _follow_state(self: EnhanceApp):
         widget.disabled = busy
     self.go.disabled = busy or self.content is None
     for widget, seen in ((self.cancel, busy), (self.bar, busy)):
-        widget.layout.display = None if seen else 'none'
+        widget.layout.display = None if seen else 'none'  # None: as it usually is
     for widget in (self.zoom, self.download):
         widget.layout.display = None if self.result and not busy else 'none'
 
@@ -355,11 +355,11 @@ def _say(self: EnhanceApp, text: str, bad: bool = False):
 @patch
 def _take(self: EnhanceApp, name: str, content: bytes, original: Image.Image | None = None):
     "A new photo: check it, show it, forget the one before."
+    if self.running:  # its upload may have begun before the button was disabled
+        raise PhotoError(f"'{name}' came while another photo is worked on. Choose it again later.")
     if len(content) > self.max_upload:
-        raise PhotoError(
-            f"'{name}' has {len(content) / 1e6:.0f} MB; more than {self.max_upload / 1e6:.0f} MB "
-            'can not be uploaded here. Use the command enhance for it.'
-        )
+        limit = f'{self.max_upload / 1e6:.3g} MB'
+        raise PhotoError(f"'{name}' is too large: files of more than {limit} are not taken here.")
     photo = open_photo(content, None, name)  # says what is wrong with it
     self.name, self.content, self.original, self.result = name, content, original, None
     self.zoom.value, self.centre = False, (0.5, 0.5)
@@ -386,7 +386,8 @@ def _sampled(self: EnhanceApp, change):
         return
     original = sample_photo(self.sample.value)
     bad = RECIPES['wild'](original, seed=5)
-    self._take(f'{self.sample.value}.jpg', encode_photo(bad, 'a.jpg', quality=60), original)
+    name, self.sample.value = f'{self.sample.value}.jpg', ''  # so that it can be chosen again
+    self._take(name, encode_photo(bad, 'a.jpg', quality=60), original)
 
 # %% ../nbs/11_app.ipynb #24bae052
 @patch
@@ -418,20 +419,19 @@ def _work(self: EnhanceApp):
             progress=self._tell,
             name=self.name,
         )
-    except _Stopped:
-        end = 'Cancelled.', False
-    except PhotoError as e:
-        end = str(e), True
-    except Exception as e:
-        end = f'Something went wrong ({type(e).__name__}). Try another photo.', True
-    else:
+        said, bad = self._sentence(result), False
         self.result = result
-        end = self._sentence(), False
-    self.running = None
-    if self.result and not end[1]:
+    except _Stopped:
+        said, bad = 'Cancelled.', False
+    except PhotoError as e:
+        said, bad = str(e), True
+    except Exception as e:
+        said, bad = f'Something went wrong ({type(e).__name__}). Try another photo.', True
+    self.running = None  # whatever happened, or the buttons would stay disabled for ever
+    self._say(said, bad)
+    if not bad:
         _safely(self, self._show)()
     self._follow_state()
-    self._say(*end)
 
 
 @patch
@@ -445,8 +445,9 @@ def _tell(self: EnhanceApp, fraction: float):
 @patch
 def _cancel(self: EnhanceApp, button=None):
     "Ask the thread to stop."
-    self.stop_asked.set()
-    self._say('Stopping…')
+    if self.running:  # it may have ended just before
+        self._say('Stopping…')
+        self.stop_asked.set()
 
 
 @patch
@@ -462,15 +463,15 @@ def wait(
 
 # %% ../nbs/11_app.ipynb #1df4b441
 @patch
-def _sentence(self: EnhanceApp) -> str:
+def _sentence(self: EnhanceApp, result) -> str:
     "What was done, and what it brought, if there is an original."
     from enhance_lib.measure import psnr
 
-    height, width = self.result.pixels.shape[:2]
-    text = f'{width}×{height} pixels. {self.result.plan.why[0].upper()}{self.result.plan.why[1:]}.'
+    height, width = result.pixels.shape[:2]
+    text = f'{width}×{height} pixels. {result.plan.why[0].upper()}{result.plan.why[1:]}.'
     if self.original is not None:
         kernel, size = Image.Resampling.LANCZOS, self.original.size
-        photos = (open_photo(self.content), open_photo(self.result.photo, 'RGB'))
+        photos = (open_photo(self.content), open_photo(result.photo, 'RGB'))
         before, after = (psnr(photo.resize(size, kernel), self.original) for photo in photos)
         text += f' PSNR against the original: {before:.2f} dB before, {after:.2f} dB after.'
     return text

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
@@ -134,6 +135,14 @@ def test_a_visit(cat, phone):
     assert app.result is None and app.download.layout.display == 'none', 'of the photo before'
 
 
+def test_colab_is_asked_to_show_custom_widgets(monkeypatch):
+    asked = []
+    output = types.SimpleNamespace(enable_custom_widget_manager=lambda: asked.append('yes'))
+    monkeypatch.setitem(sys.modules, 'google.colab', types.SimpleNamespace(output=output))
+    EnhanceApp()
+    assert asked == ['yes']
+
+
 def test_settings_are_used(cat):
     app = EnhanceApp(device='cpu')
     upload(app, 'a.png', encode_photo(cat, 'a.png'))
@@ -171,7 +180,7 @@ def test_models_can_be_chosen_once_they_are_known():
         ('notes.jpg', b'buy milk', 'not a photo'),
         ('empty.png', b'', '0 bytes'),
         ('half.jpg', None, 'damaged'),
-        ('large.png', b'0' * 3000, 'more than 0 MB'),
+        ('large.png', b'0' * 3000, 'more than 0.0025 MB'),
     ],
 )
 def test_files_that_are_refused_with_a_sentence(phone, name, content, words):
@@ -223,6 +232,43 @@ def test_cancel_stops_between_tiles(cat, monkeypatch):
     go_on.set()
     assert app.wait()
     assert text(app) == 'Cancelled.' and app.result is None and not app.go.disabled
+
+
+def test_a_photo_that_arrives_in_the_middle_does_not_mix_with_the_other(cat, monkeypatch):
+    go_on = threading.Event()
+
+    def slow(content, **kwargs):
+        go_on.wait(30)
+        return enhance(content, 'jpeg-q10', 1)
+
+    monkeypatch.setattr('enhance_lib.enhance.enhance', slow)
+    app = EnhanceApp()
+    upload(app, 'first.png', encode_photo(cat, 'a.png'))
+    app.go.click()
+    upload(app, 'second.png', encode_photo(cat.resize((50, 50)), 'a.png'))
+    assert 'second.png' in text(app) and 'later' in text(app)
+    go_on.set()
+    assert app.wait()
+    assert app.result.photo.size == cat.size and app._file()[0] == 'first-enhanced.png'
+
+
+def test_an_error_after_the_work_does_not_leave_it_busy(cat, monkeypatch):
+    monkeypatch.setattr(EnhanceApp, '_sentence', lambda *args: 1 / 0)
+    app = EnhanceApp(device='cpu')
+    upload(app, 'a.png', encode_photo(cat, 'a.png'))
+    app.go.click()
+    assert app.wait()
+    assert 'ZeroDivisionError' in text(app) and not app.go.disabled and app.result is None
+
+
+def test_cancel_after_the_end_says_nothing(cat):
+    app = EnhanceApp(device='cpu')
+    upload(app, 'a.png', encode_photo(cat, 'a.png'))
+    app.go.click()
+    assert app.wait()
+    said = text(app)
+    app.cancel.click()
+    assert text(app) == said and app.result
 
 
 def test_zoom_shows_a_piece_of_the_full_picture(cat):

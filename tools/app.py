@@ -29,8 +29,8 @@ def main():
     if not is_loopback(options.host) and not options.token:
         sys.exit(
             f'Others could reach the app on {options.host}, and make this machine compute. Give '
-            'them a password: make app HOST=… TOKEN=…, and the address that is shown then. Use '
-            'https (a proxy before it) where the network between is not yours.'
+            'them a password: make app HOST=… TOKEN=a-long-word, and the address that it shows. '
+            'Put a proxy with https before it where the network between is not yours.'
         )
     arguments = [
         *('voila', 'enhance.ipynb', f'--Voila.ip={options.host}', f'--port={options.port}'),
@@ -40,6 +40,8 @@ def main():
     # Voilà looks for its templates along this path, and for voila.json where it is started
     paths = [str(FOLDER / 'jupyter'), os.environ.get('JUPYTER_PATH', '')]
     os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, paths))
+    if options.token:  # Voilà shows the address with dots in its place
+        print(f'The app: http://{options.host}:{options.port}/?token={options.token}', flush=True)
     os.chdir(FOLDER)
     os.execv(sys.executable, [sys.executable, '-m', *arguments])
 

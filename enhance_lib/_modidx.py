@@ -139,6 +139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'enhance_lib.enhance.Enhanced.save': ('enhance.html#enhanced.save', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.Look': ('enhance.html#look', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.Plan': ('enhance.html#plan', 'enhance_lib/enhance.py'),
+                                     'enhance_lib.enhance._at_hand': ('enhance.html#_at_hand', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._bar': ('enhance.html#_bar', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._deep_pixels': ('enhance.html#_deep_pixels', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._enhance_one': ('enhance.html#_enhance_one', 'enhance_lib/enhance.py'),

@@ -80,8 +80,10 @@ def _deep_pixels(content):
         kind = _png_16
     elif content[:4] in (b'II*\0', b'MM\0*'):
         kind = _tiff_16
+    if kind is None:
+        return None
     try:
-        pixels = kind(content) if kind else None
+        pixels = kind(content)
         orientation = Image.open(io.BytesIO(content)).getexif().get(0x0112)
     except Exception:  # a rare kind of file: its 8 bits will do
         return None
@@ -91,13 +93,27 @@ def _deep_pixels(content):
     return _UPRIGHT.get(orientation, lambda a: a)(pixels)
 
 # %% ../nbs/10_enhance.ipynb #85d68663
+def _at_hand(source):
+    "A source that can be looked at twice: the content of a file object or of a buffer as bytes."
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, Image.Image) or not hasattr(source, 'read'):
+        return source
+    try:
+        content = source.read()
+    except UnicodeDecodeError:  # a photo is no text, so reading it as text fails by itself
+        content = ''
+    if isinstance(content, str):
+        raise PhotoError("The file was opened as text. Open it with open(path, 'rb').")
+    return content
+
+
 def open_pixels(
     source,  # path, bytes, binary file object, or an image that is open already
     name: str | None = None,  # what to call it in messages; by default its path
 ) -> tuple[np.ndarray, dict]:  # (H, W, C) of uint8 or uint16, upright, C 1 to 4; and `kept_info`
     "A photo with all its bits: gray or RGB, and alpha where it has one. Raises `PhotoError`."
-    if hasattr(source, 'read'):
-        source = source.read()
+    source = _at_hand(source)
     photo = open_photo(source, None, name)  # says what is wrong with it, if something is
     pixels = None
     if isinstance(source, Image.Image):
@@ -291,7 +307,7 @@ def find_scale_factor(
 class Look:
     "What `look` found out about a photo."
 
-    scale: float  # how many times it should grow, by `find_scale_factor`
+    scale: float  # times per side that it should grow: `find_scale_factor`, or 1 if below 1.25
     quality: int | None  # of its JPEG, 1 to 100; None: it is none, or was none when it was opened
     noise: float = 0.0  # see `noise_level`
     detail: float = 1.0  # see `detail_share`
@@ -668,9 +684,7 @@ class Enhanced:
     def _repr_png_(self):
         photo = self.photo
         photo.thumbnail((1000, 1000))
-        buffer = io.BytesIO()
-        photo.save(buffer, 'PNG')
-        return buffer.getvalue()
+        return encode_photo(photo, 'shown.png')
 
 # %% ../nbs/10_enhance.ipynb #b3cb48eb
 @cache
@@ -764,8 +778,7 @@ def enhance(
     scale = None if scale == 'auto' else scale
     check_settings(scale, level, strength)
     device = pick_device(device)
-    if hasattr(photo, 'read'):
-        photo = photo.read()
+    photo = _at_hand(photo)
     pixels, info = open_pixels(photo, name)
     has_alpha = pixels.shape[2] % 2 == 0
     flat = as_photo(pixels[..., :-1] if has_alpha else pixels)

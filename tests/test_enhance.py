@@ -687,6 +687,17 @@ def test_every_kind_of_source_gives_the_same(cat, tmp_path, open_):
     assert 'JPEG of quality 50' in got.plan.why
 
 
+def test_buffers_are_photos_and_text_is_none(cat, tmp_path):
+    path = tmp_path / 'a.jpg'
+    cat.save(path, quality=50)
+    for kind in (bytearray, memoryview):
+        got = enhance(kind(path.read_bytes()), 'srcnn-jpeg20', 1)
+        assert got.photo.tobytes() == enhance(path, 'srcnn-jpeg20', 1).photo.tobytes()
+    for encoding in ('latin-1', 'utf-8'):
+        with path.open(encoding=encoding) as file, pytest.raises(PhotoError, match='as text'):
+            enhance(file)
+
+
 def test_progress_is_told_and_may_stop_it(cat):
     told = []
     enhance(cat.resize((300, 300)), 'jpeg-q10', 1, level=3, tile=64, progress=told.append)

@@ -752,11 +752,11 @@ def plan_for(
     return Plan(None, 1, model, rounds, scale, why)
 
 
-def _bar(large):
+def _bar(shown):
     "A progress bar for what takes long, as a function of the fraction that is done."
-    if not large:
+    if not shown:
         return lambda fraction: None
-    bar = progress_bar(range(100))
+    bar = progress_bar(range(100), leave=False)  # when it is done, the next line takes its place
     bar.update(0)
     return lambda fraction: bar.update(round(100 * fraction))
 
@@ -786,7 +786,8 @@ def enhance(
     check_size(*flat.size, plan.scale, max_pixels)
     on_tile = progress
     if not callable(progress):
-        on_tile = _bar(large=progress and max(plan.scale, 1) ** 2 * flat.width * flat.height > 1e6)
+        large = max(plan.scale, 1) ** 2 * flat.width * flat.height > 1e6
+        on_tile = _bar(progress and large and bool(plan.clean or plan.model))
 
     def work(colours):
         better = follow(plan, colours, device, tile, on_tile)

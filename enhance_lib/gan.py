@@ -553,7 +553,11 @@ def evaluate(
     import pandas as pd
 
     if not isinstance(models, dict):
-        models = {Path(name).stem: load_model(name) for name in models}
+        stems = [Path(name).stem for name in models]
+        models = {  # two files of one name, in two folders, keep their whole paths
+            stem if stems.count(stem) == 1 else str(name): load_model(name)
+            for stem, name in zip(stems, models)
+        }
     if not models:
         raise PhotoError('Name a model to evaluate.')
     models = {

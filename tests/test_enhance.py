@@ -710,11 +710,16 @@ def test_progress_is_told_and_may_stop_it(cat):
         enhance(cat, progress=stop)
 
 
-def test_large_photos_show_a_bar(cat, capsys):
+def test_large_photos_show_a_bar(cat, capsys, monkeypatch):
     enhance(cat, Same(), 1)
     assert capsys.readouterr().out == ''
     enhance(cat.resize((1200, 1000)), Same(), 1)
-    assert '100.00%' in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert '100.00%' in shown and shown.rsplit('\r', 2)[1].isspace() and shown[-1] == '\r'
+    nothing = Plan(None, 1, None, 1, 1.0, 'fine as it is')
+    monkeypatch.setattr(module, 'plan_for', lambda *_: nothing)
+    enhance(cat.resize((1200, 1000)))
+    assert capsys.readouterr().out == ''
 
 
 def test_it_shows_itself(cat):

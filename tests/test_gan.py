@@ -1,6 +1,7 @@
 """The GAN: critic and generator in turn, what they cost, stopping and going on, and evaluation."""
 
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -516,6 +517,18 @@ def partial_evaluate(folders, net):
         return evaluate(models, folders / 'good', sample=3, net=net, progress=False, **options)
 
     return run
+
+
+def test_evaluate_keeps_two_files_of_one_name_apart(folders, net, tmp_path):
+    "By their paths; a name that is there once stays short."
+    paths = [tmp_path / folder / 'mine.safetensors' for folder in ('first', 'second')]
+    for path in paths:
+        path.parent.mkdir()
+        for suffix in ('.safetensors', '.json'):
+            shutil.copy(WEIGHTS / f'srcnn-jpeg20{suffix}', path.with_suffix(suffix))
+    models = [*paths, 'srcnn-jpeg20']
+    table = evaluate(models, folders / 'good', folders / 'bad', net=net, sample=1, progress=False)
+    assert list(table['picture']) == ['input', *map(str, paths), 'srcnn-jpeg20']
 
 
 def test_evaluate_names_what_it_could_not_measure(folders, net, tmp_path):

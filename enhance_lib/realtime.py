@@ -551,8 +551,10 @@ def _any_size(recipe):
     return replace(recipe, before=(Step('rescale', factor=OneOf(*ANY_SIZE)), *recipe.before))
 
 
-# most photos of the web were made small with antialiasing: half of these
-_MOSTLY = _any_size(made_small('any', weights=(1, 1, 1, 1, 4)))
+def _mostly(weight):
+    "Any way, but bicubic with antialiasing, as most photos of the web, so many times as often."
+    return _any_size(made_small('any', weights=(1, 1, 1, 1, weight)))
+
 
 PUBLISHED = {
     'realtime-x4': {
@@ -590,20 +592,16 @@ PUBLISHED = {
         'half': True,
         'scale': 4,
         'start': 'realtime-x4-any',
-        'rounds': (  # before the game; `pixel` is the weight of L1 beside the features
+        'rounds': (  # `pixel`: weight of L1 beside the features; `adversarial`: a game
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.3, 'epochs': 2, 'lr': 2e-3},
-            {'recipe': _MOSTLY, 'once': False, **_crops(128, 16, 10)}
+            {'recipe': _mostly(4), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.1, 'epochs': 4, 'lr': 4e-3},
+            {'recipe': _mostly(4), 'once': False, **_crops(128, 16, 4)}
+            | {'pixel': 0.1, 'adversarial': 0.02, 'epochs': 2, 'lr': 1e-4},
+            {'recipe': _mostly(8), 'once': False, **_crops(128, 16, 10)}
+            | {'pixel': 0.05, 'epochs': 4, 'lr': 3e-3},
         ),
-        'game': {
-            'recipe': _MOSTLY,
-            **_crops(128, 16, 4),
-            'pixel': 0.1,
-            'adversarial': 0.02,
-            'epochs': 2,
-            'rate': 1e-4,
-        },
     },
 }
 
@@ -619,11 +617,28 @@ def _started(plan):
     return model
 
 
+def _fit(learn, part, path):
+    "One round with a loss that stays the same."
+    rates = slice(part['lr'] / 10, part['lr'])
+    learn.fit_flat_cos(part['epochs'], rates, pct_start=0.1, cbs=KeepGoing(path))
+    return dict(zip(('loss', 'PSNR'), map(float, learn.validate())))
+
+
+def _play(learn, part, path):
+    "One round against a critic; in the end the moving average of the weights."
+    average = MovingAverage()
+    keep_going = KeepGoing(path, watch=learn.watch, average=average)
+    learn.fit(part['epochs'], part['lr'], cbs=[average, keep_going])
+    average.keep()
+    learn.watch.look()
+    return learn.watch.looks[-1]
+
+
 def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
-    checkpoint: str | Path,  # NAME.ckpt: each round, and the game, has its own to go on from
-    budget: Budget,  # full takes 12 to 25 minutes on two CPU cores with bfloat16
+    checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
+    budget: Budget,  # full takes 12 to 45 minutes on two CPU cores with bfloat16
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
@@ -639,25 +654,13 @@ def train_published(
     loaders = partial(recipe_dls, train, valid, **options)
     for i, part in enumerate(plan['rounds']):
         part = {**part, **budget(short, short, {})}
+        path = Path(checkpoint).with_suffix(f'.{i}.ckpt')
         dls = loaders(**{k: part[k] for k in ('recipe', 'size', 'bs', 'per_photo', 'once')})
         loss = generator_content(pixel=part['pixel']) if 'pixel' in part else F.l1_loss
-        learn = realtime_learner(dls, model, loss)
-        keep_going = KeepGoing(Path(checkpoint).with_suffix(f'.{i}.ckpt'))
-        rates = slice(part['lr'] / 10, part['lr'])
-        learn.fit_flat_cos(part['epochs'], rates, pct_start=0.1, cbs=keep_going)
-        loss, output = map(float, learn.validate())
-        history.append({'epochs': part['epochs'], 'loss': loss, 'PSNR': output})
-    if 'game' in plan:
-        part = {**plan['game'], **budget(short, short, {})}
-        dls = loaders(**{k: part[k] for k in ('recipe', 'size', 'bs', 'per_photo')})
-        content = generator_content(pixel=part['pixel'])
-        every = budget(2, 10, 100)
-        learn = realtime_gan(dls, model, None, content, part['adversarial'], every)
-        average = MovingAverage()
-        path = Path(checkpoint).with_suffix('.game.ckpt')
-        keep_going = KeepGoing(path, watch=learn.watch, average=average)
-        learn.fit(part['epochs'], part['rate'], cbs=[average, keep_going])
-        average.keep()
-        learn.watch.look()
-        history.append({'epochs': part['epochs'], **learn.watch.looks[-1]})
+        if 'adversarial' in part:
+            game = realtime_gan(dls, model, None, loss, part['adversarial'], budget(2, 10, 100))
+            scores = _play(game, part, path)
+        else:
+            scores = _fit(realtime_learner(dls, model.requires_grad_(True), loss), part, path)
+        history.append({'epochs': part['epochs'], **scores})
     return model, history

@@ -592,7 +592,9 @@ PUBLISHED = {
         'half': True,
         'scale': 4,
         'start': 'realtime-x4-any',
-        'rounds': (  # `pixel`: weight of L1 beside the features; `adversarial`: a game
+        # `pixel`: weight of L1 beside the features; `adversarial`: that of a critic, in a game;
+        # `flat`: share of the steps before the rate begins to fall
+        'rounds': (
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.3, 'epochs': 2, 'lr': 2e-3},
             {'recipe': _mostly(4), 'once': False, **_crops(128, 16, 10)}
@@ -600,7 +602,7 @@ PUBLISHED = {
             {'recipe': _mostly(4), 'once': False, **_crops(128, 16, 4)}
             | {'pixel': 0.1, 'adversarial': 0.02, 'epochs': 2, 'lr': 1e-4},
             {'recipe': _mostly(8), 'once': False, **_crops(128, 16, 10)}
-            | {'pixel': 0.05, 'epochs': 4, 'lr': 3e-3},
+            | {'pixel': 0.05, 'epochs': 4, 'lr': 3e-3, 'flat': 0.3},
         ),
     },
 }
@@ -620,7 +622,7 @@ def _started(plan):
 def _fit(learn, part, path):
     "One round with a loss that stays the same."
     rates = slice(part['lr'] / 10, part['lr'])
-    learn.fit_flat_cos(part['epochs'], rates, pct_start=0.1, cbs=KeepGoing(path))
+    learn.fit_flat_cos(part['epochs'], rates, pct_start=part.get('flat', 0.1), cbs=KeepGoing(path))
     return dict(zip(('loss', 'PSNR'), map(float, learn.validate())))
 
 
@@ -638,7 +640,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 12 to 45 minutes on two CPU cores with bfloat16
+    budget: Budget,  # full takes 12 to 50 minutes on two CPU cores with bfloat16
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
@@ -661,6 +663,7 @@ def train_published(
             game = realtime_gan(dls, model, None, loss, part['adversarial'], budget(2, 10, 100))
             scores = _play(game, part, path)
         else:
-            scores = _fit(realtime_learner(dls, model.requires_grad_(True), loss), part, path)
+            model.requires_grad_(True)  # a game freezes who does not have the turn
+            scores = _fit(realtime_learner(dls, model, loss), part, path)
         history.append({'epochs': part['epochs'], **scores})
     return model, history

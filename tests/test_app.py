@@ -512,7 +512,8 @@ def test_in_jupyterlab(browser, files, tmp_path):
             page.page.goto(f'{address}/lab/tree/enhance.ipynb?token={token}')
             run = page.page.get_by_text('Run', exact=True).first
             run.wait_for(timeout=60_000)
-            page.page.locator('.jp-Notebook').wait_for(timeout=60_000)
+            # "Run All Cells" does nothing before the kernel is there, and says nothing.
+            page.page.get_by_text('Python 3 (ipykernel) | Idle').wait_for(timeout=120_000)
             news = page.page.get_by_role('button', name='No', exact=True)
             if news.count():  # whether it may fetch news
                 news.click()

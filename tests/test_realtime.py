@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import enhance_lib.realtime as module
-from enhance_lib.feature_loss import FeatureLoss, feature_extractor
+from enhance_lib.feature_loss import FeatureLoss
 from enhance_lib.measure import WEIGHTS, FeatureNet, read_card, to_tensor
 from enhance_lib.photos import Budget, PhotoError, open_photo, sample_photo, save_photo
 from enhance_lib.realtime import (
@@ -194,17 +194,23 @@ def test_speed_is_counted_in_output():
 # Made small in some way
 
 
+BY_HAND = {
+    'nearest': 255,  # pixel 2 alone
+    'bilinear': 127.5,  # pixels 1 and 2, half of each
+    'bicubic': 0.5625 * 255,  # Keys' kernel with a = -1/2, half a pixel away
+    'bilinear, antialiased': 255 / 4,  # (3.5 + 0.5) / 16 of the light
+    'bicubic, antialiased': 255 / 4,  # a = -1/2: (0.964 + 0.091 - 0.048 - 0.007) / 4
+}
+
+
 @pytest.mark.parametrize('way', WAYS)
 def test_ways_by_hand(way):
-    "A row of 8 pixels of which only the last of each four is white."
-    row = np.tile(np.array([0, 0, 0, 255], np.uint8), (8, 2))
+    "Rows in which the third of each four pixels is white; looked at far from the border."
+    row = np.tile(np.array([0, 0, 255, 0], np.uint8), (24, 6))
     photo = Image.fromarray(np.repeat(row[:, :, None], 3, 2))
-    found = np.asarray(made_small(way)(photo))[:, :, 0]
-    assert found.shape == (2, 2)
-    if way in ('nearest', 'bilinear'):  # pixel 2 alone; or pixels 1 and 2, half of each
-        assert (found == 0).all()
-    if 'antialiased' in way:  # near a quarter of the light
-        assert found.mean() == pytest.approx(255 / 4, abs=16)
+    found = np.asarray(made_small(way)(photo))
+    assert found.shape == (6, 6, 3)
+    assert found[2:4, 2:4].astype(float) == pytest.approx(BY_HAND[way], abs=1)
 
 
 def test_any_way_is_drawn_anew():
@@ -603,10 +609,3 @@ def test_weights_come_back(tmp_path):
     save_weights(model, tmp_path / 'own.safetensors')
     photo = sample_photo('cat').crop((0, 0, 20, 16))
     assert load_model(tmp_path / 'own.safetensors').predict(photo) == model.predict(photo)
-
-
-def test_features_can_be_had_from_a_file(monkeypatch, tmp_path):
-    "A file that is not there is named, and no training begins."
-    monkeypatch.setenv('ENHANCE_FEATURES', str(tmp_path / 'none.pth'))
-    with pytest.raises(PhotoError, match='none.pth'):
-        feature_extractor()

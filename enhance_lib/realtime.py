@@ -603,6 +603,10 @@ PUBLISHED = {
             | {'pixel': 0.1, 'adversarial': 0.02, 'epochs': 2, 'lr': 1e-4},
             {'recipe': _mostly(8), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.05, 'epochs': 4, 'lr': 3e-3, 'flat': 0.3},
+            {'recipe': _mostly(8), 'once': False, **_crops(128, 16, 10)}
+            | {'pixel': 0.05, 'epochs': 5, 'lr': 3e-3},
+            {'recipe': _mostly(32), 'once': False, **_crops(128, 16, 8)}
+            | {'pixel': 0.05, 'epochs': 1, 'lr': 1.5e-3},
         ),
     },
 }
@@ -640,7 +644,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 12 to 50 minutes on two CPU cores with bfloat16
+    budget: Budget,  # full takes 12 to 130 minutes on two CPU cores
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."

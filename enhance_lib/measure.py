@@ -554,8 +554,11 @@ def plot_scoreboard(
 ):
     "The scoreboard as a plane: dB to the right, feature distance down, an arrow from each input."
     import matplotlib.pyplot as plt
+    from adjustText import adjust_text
 
     fig, ax = plt.subplots(figsize=(9, 5.5))
+    names, ends = [], []
+    table = table.dropna(subset=['dB', 'feature distance'])  # without both it has no place
     for i, (task, rows) in enumerate(table.groupby('task')):
         color = plt.cm.tab10(i % 10)
         start = rows[rows['model'] == 'input']
@@ -563,7 +566,8 @@ def plot_scoreboard(
         for row in rows[rows['model'] != 'input'].itertuples(index=False):
             end = row.dB, row[rows.columns.get_loc('feature distance')]
             ax.scatter(*end, color=[color])
-            ax.annotate(row.model, end, xytext=(5, 3), textcoords='offset points', fontsize=8)
+            names.append(ax.text(*end, row.model, fontsize=8))
+            ends.append(end)
             for from_ in start[['dB', 'feature distance']].itertuples(index=False):
                 ax.annotate('', end, from_, arrowprops={'arrowstyle': '->', 'color': color})
         ax.scatter([], [], color=[color], label=task)
@@ -572,4 +576,7 @@ def plot_scoreboard(
     ax.set(xlabel='luma PSNR (dB): better to the right', ylabel='feature distance: better up')
     ax.set_title('Scoreboard: from the input (ring) to the model (dot)')
     ax.legend(title='task')
+    if names:  # no name over another, or over a dot
+        line = {'arrowstyle': '-', 'color': 'gray', 'lw': 0.5}
+        adjust_text(names, *zip(*ends), ax=ax, expand=(1.2, 1.7), arrowprops=line)
     plt.show()

@@ -1369,7 +1369,7 @@ def drawn(monkeypatch):
         marks = {True: [], False: []}  # filled or not
         for c in ax.collections:
             marks[len(c.get_facecolor()) > 0].extend(tuple(map(float, o)) for o in c.get_offsets())
-        arrows = [(t.xyann, t.xy) for t in ax.texts if t.arrow_patch]
+        arrows = [(t.xyann, t.xy) for t in ax.texts if getattr(t, 'arrow_patch', None)]
         names = [t.get_text() for t in ax.texts if t.get_text()]
         return ax, marks[True], marks[False], arrows, names
 
@@ -1397,3 +1397,23 @@ def test_the_plane_of_several_tasks(drawn, weights):
     assert len(arrows) == 2 * n and all(start == (25, 0) for start, _ in arrows)
     assert sorted(names) == ['a'] * n + ['alone'] + ['b'] * n
     assert [t.get_text() for t in ax.get_legend().texts] == sorted([*TASKS, 'new'])
+
+
+def test_no_name_of_the_plane_covers_another(drawn, weights):
+    near = [row('x2', f'model {i}', 30 + 0.01 * i, 0.2) for i in range(4)]
+    ax, dots, _, _, names = drawn(scoreboard(row('x2', 'input', 28, 0.3), *near))
+    assert len(dots) == len(names) == 4
+    boxes = [t.get_window_extent() for t in ax.texts if t.get_text()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.get_window_extent().contains(*corner) for b in boxes for corner in b.corners())
+
+
+def test_the_plane_without_a_model(drawn, weights):
+    _, dots, rings, _, names = drawn(scoreboard(row('x2', 'input', 28, 0.3)))
+    assert (dots, rings, names) == ([], [(28, 0.3)], [])
+
+
+def test_the_plane_with_a_model_that_has_no_feature_distance(drawn, weights):
+    some = {'task': 'x2', 'model': 'a', 'dB': 30}
+    *_, names = drawn(scoreboard(row('x2', 'input', 28, 0.3), some, row('x2', 'b', 29, 0.2)))
+    assert names == ['b']

@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'enhance_lib.enhance._tiff_16': ('enhance.html#_tiff_16', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._tiled': ('enhance.html#_tiled', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._to_x': ('enhance.html#_to_x', 'enhance_lib/enhance.py'),
+                                     'enhance_lib.enhance._turned': ('enhance.html#_turned', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._window': ('enhance.html#_window', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._with_alpha': ('enhance.html#_with_alpha', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._write_png_16': ('enhance.html#_write_png_16', 'enhance_lib/enhance.py'),

@@ -55,6 +55,15 @@ _UPRIGHT = {  # EXIF orientation -> what turns an array (H, W, C) upright
 }
 
 
+def _turned(pixels, image):
+    "Pixels (H, W, C) upright, as the EXIF of their image says."
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # it is damaged; `open_photo` says so
+        orientation = None
+    return _UPRIGHT.get(orientation, lambda a: a)(pixels)
+
+
 def _png_16(content):
     "The pixels of a 16-bit PNG."
     from imagecodecs import png_decode
@@ -83,14 +92,12 @@ def _deep_pixels(content):
     if kind is None:
         return None
     try:
-        pixels = kind(content)
-        orientation = Image.open(io.BytesIO(content)).getexif().get(0x0112)
+        pixels, image = kind(content), Image.open(io.BytesIO(content))
     except Exception:  # a rare kind of file: its 8 bits will do
         return None
     if pixels is None or pixels.dtype != np.uint16:
         return None
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    return _UPRIGHT.get(orientation, lambda a: a)(pixels)
+    return _turned(pixels.reshape(*pixels.shape[:2], -1), image)
 
 # %% ../nbs/10_enhance.ipynb #85d68663
 def _at_hand(source):
@@ -117,8 +124,8 @@ def open_pixels(
     photo = open_photo(source, None, name)  # says what is wrong with it, if something is
     pixels = None
     if isinstance(source, Image.Image):
-        if source.mode.startswith('I;16'):
-            pixels = np.asarray(source)[..., None]
+        if source.mode.startswith('I;16'):  # of either byte order
+            pixels = _turned(np.asarray(source).astype(np.uint16)[..., None], source)
     else:
         content = source if isinstance(source, bytes) else None
         pixels = _deep_pixels(content or Path(source).read_bytes())

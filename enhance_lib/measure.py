@@ -557,7 +557,7 @@ def plot_scoreboard(
     from adjustText import adjust_text
 
     fig, ax = plt.subplots(figsize=(9, 5.5))
-    names, ends = [], []
+    names, ends, taken = [], [], []
     table = table.dropna(subset=['dB', 'feature distance'])  # without both it has no place
     for i, (task, rows) in enumerate(table.groupby('task')):
         color = plt.cm.tab10(i % 10)
@@ -566,17 +566,20 @@ def plot_scoreboard(
         for row in rows[rows['model'] != 'input'].itertuples(index=False):
             end = row.dB, row[rows.columns.get_loc('feature distance')]
             ax.scatter(*end, color=[color])
-            names.append(ax.text(*end, row.model, fontsize=8))
+            side = 'right' if (row.dB < start['dB']).any() else 'left'  # where no arrow comes from
+            names.append(ax.text(*end, row.model, fontsize=8, ha=side))
             ends.append(end)
             for from_ in start[['dB', 'feature distance']].itertuples(index=False):
                 ax.annotate('', end, from_, arrowprops={'arrowstyle': '->', 'color': color})
+                taken.extend(np.linspace(from_, end, 20))
         ax.scatter([], [], color=[color], label=task)
     ax.invert_yaxis()  # so that better is up and to the right
     ax.margins(0.12)  # room for the names
     ax.set(xlabel='luma PSNR (dB): better to the right', ylabel='feature distance: better up')
     ax.set_title('Scoreboard: from the input (ring) to the model (dot)')
     ax.legend(title='task')
-    if names:  # no name over another, or over a dot
+    if names:  # no name over another, nor over a dot or an arrow, as far as there is room
+        to = dict(zip(('target_x', 'target_y'), zip(*ends)))
         line = {'arrowstyle': '-', 'color': 'gray', 'lw': 0.5}
-        adjust_text(names, *zip(*ends), ax=ax, expand=(1.2, 1.7), arrowprops=line)
+        adjust_text(names, *zip(*ends, *taken), **to, ax=ax, expand=(1.2, 1.7), arrowprops=line)
     plt.show()

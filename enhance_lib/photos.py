@@ -400,7 +400,7 @@ def _format_of(name, quality):
     if not 1 <= quality <= 100:
         raise PhotoError(f'A quality of {quality} is not possible: use 1 to 100.')
     options = {'quality': quality} if format in ('JPEG', 'WEBP', 'AVIF') else {}
-    return format, options | ({'subsampling': '4:4:4'} if format == 'JPEG' else {})
+    return format, options | ({'subsampling': '4:4:4'} if format in ('JPEG', 'AVIF') else {})
 
 
 def _encode(photo, target, name, format, options):

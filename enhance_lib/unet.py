@@ -111,7 +111,7 @@ class UNet(PhotoModel):
         pretrained: bool | str | Path = False,  # as for `timm_network`
         blur: bool = False,  # average 2×2 pixels after each pixel shuffle
         self_attention: bool = False,  # at an eighth of the size or so
-        weight_norm: bool = True,  # in the decoder; False: no norm
+        weight_norm: bool = True,  # of the decoder's convolutions; False: none
     ):
         super().__init__()
         options = {'blur': blur, 'self_attention': self_attention}
@@ -174,7 +174,7 @@ def get_unet(
     loss_func=F.mse_loss,  # function(prediction, target) -> a number
     blur: bool = True,  # average 2×2 pixels after each pixel shuffle
     self_attention: bool = True,  # at one size
-    weight_norm: bool = True,  # in the decoder; False: no norm
+    weight_norm: bool = True,  # of the decoder's convolutions; False: none
     half: bool = True,  # in half precision, where the device is faster with it
     **options,  # what else a `Learner` takes
 ) -> Learner:

@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, ImageOps
+from tifffile import imwrite
 from torch import nn
 from torch.nn import functional as F
 
@@ -165,6 +166,23 @@ def test_a_pillow_image_of_16_bits_keeps_them():
     ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(16, 64)
     pixels, _ = open_pixels(Image.fromarray(ramp))
     assert (pixels[..., 0] == ramp).all()
+
+
+@pytest.mark.parametrize('orientation', [3, 6])
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF, largest byte first'])
+def test_a_pillow_image_of_16_bits_is_turned_upright(orientation, kind):
+    gray, file, exif = array(4, 7, 1, np.uint16)[..., 0], io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    if kind == 'PNG':
+        Image.fromarray(gray).save(file, 'PNG', exif=exif)
+    else:
+        options = {'byteorder': '>', 'metadata': None}
+        imwrite(file, gray, extratags=[(0x0112, 'H', 1, orientation, True)], **options)
+    file.seek(0)
+    pixels, _ = open_pixels(Image.open(file))
+    turned = {3: np.rot90(gray, 2), 6: np.rot90(gray, -1)}[orientation]
+    assert pixels.dtype == np.uint16 and pixels.dtype.isnative
+    assert np.array_equal(pixels[..., 0], turned)
 
 
 @posix

@@ -625,6 +625,15 @@ def test_quality(tmp_path):
         assert np.sqrt((error**2).mean()) < 4
 
 
+@pytest.mark.parametrize('suffix', ['.jpg', '.avif'])
+def test_full_resolution_of_colours(tmp_path, suffix):
+    "Columns of one pixel in red and blue: at half the resolution both would be purple."
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, ::2, 0] = pixels[:, 1::2, 2] = 200
+    saved = open_photo(save_photo(Image.fromarray(pixels), tmp_path / f'a{suffix}'))
+    assert np.abs(np.asarray(saved, int) - pixels).max() < 20
+
+
 @pytest.mark.parametrize('suffix', ['.jpg', '.webp', '.avif'])
 @pytest.mark.parametrize('quality', [-5, 0, 101, 500])
 def test_impossible_quality(tmp_path, suffix, quality):

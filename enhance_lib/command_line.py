@@ -27,32 +27,39 @@ def _as_known(argument, known):
     return flag + equals + value
 
 
-def command(function):
-    "Make a command of `function`, which returns an exit code. Its parameters become flags."
+def command(
+    after_stop: str = 'Run it again to go on.',  # what to say when somebody has pressed Ctrl-C
+):
+    "Make a command of a function that returns an exit code. Its parameters become flags."
 
-    @wraps(function)
-    def run(argv=None):
-        parser = anno_parser(function, prog=function.__name__)
-        known = {flag for action in parser._actions for flag in action.option_strings}
-        argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
-        arguments = vars(parser.parse_args(argv))
-        warnings.formatwarning = lambda message, *where: f'{message}\n'  # a sentence, no code
-        for of_fastcore in ('pdb', 'xtra'):
-            arguments.pop(of_fastcore, None)
-        try:
-            return function(**arguments)
-        except KeyboardInterrupt:
-            sys.stderr.write(f'\n{function.__name__}: stopped. Run it again to go on.\n')
-            return 130
-        except Exception as e:
-            from enhance_lib.photos import PhotoError
+    def make(function):
+        name = function.__name__
 
-            if not isinstance(e, PhotoError):
-                raise
-            sys.stderr.write(f'{function.__name__}: {e}\n')
-            return 2
+        @wraps(function)
+        def run(argv=None):
+            parser = anno_parser(function, prog=name)
+            known = {flag for action in parser._actions for flag in action.option_strings}
+            argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
+            arguments = vars(parser.parse_args(argv))
+            warnings.formatwarning = lambda message, *where: f'{message}\n'  # a sentence, no code
+            for of_fastcore in ('pdb', 'xtra'):
+                arguments.pop(of_fastcore, None)
+            try:
+                return function(**arguments)
+            except KeyboardInterrupt:
+                sys.stderr.write(f'\n{name}: stopped. {after_stop}\n')
+                return 130
+            except Exception as e:
+                from enhance_lib.photos import PhotoError
 
-    return run
+                if not isinstance(e, PhotoError):
+                    raise
+                sys.stderr.write(f'{name}: {e}\n')
+                return 2
+
+        return run
+
+    return make
 
 
 def _needed(**flags):
@@ -72,7 +79,7 @@ def _finish(report):
     return 1 if report.failed else 0
 
 # %% ../nbs/command_line.ipynb #cf3dfabe
-@command
+@command()
 def enhance_resize(
     path: str = None,  # folder of photos
     resized_path: str = None,  # folder for the resized photos
@@ -86,7 +93,7 @@ def enhance_resize(
     return _finish(resize_folder(path, resized_path, size, num_workers))
 
 # %% ../nbs/command_line.ipynb #7d708cdc
-@command
+@command()
 def enhance_crappify(
     path: str = None,  # folder of good photos
     degraded_path: str = None,  # folder for the bad ones and crappify.csv, which says what was done
@@ -106,7 +113,7 @@ def enhance_crappify(
     )
 
 # %% ../nbs/command_line.ipynb #76899c30
-@command
+@command('Run it again with --resume to go on.')
 def enhance_train(
     path: str = None,  # folder of good photos
     degraded_path: str = None,  # folder of bad ones with the same names; by default a recipe's
@@ -133,21 +140,17 @@ def enhance_train(
         raise PhotoError(f'--size {size}: give pixels, 256 for instance, or 128,256.') from None
     from enhance_lib.unet import train_unet
 
-    try:
-        scores = train_unet(
-            *(path, out, degraded_path, df, recipe, model_name),
-            {'yes': True, 'no': False}.get(pretrained, pretrained),
-            *(loss, sizes, bs, frozen_epochs, unfrozen_epochs, num_workers, resume),
-        )
-    except KeyboardInterrupt:
-        sys.stderr.write('\nenhance_train: stopped. Run it again with --resume to go on.\n')
-        return 130
+    scores = train_unet(
+        *(path, out, degraded_path, df, recipe, model_name),
+        {'yes': True, 'no': False}.get(pretrained, pretrained),
+        *(loss, sizes, bs, frozen_epochs, unfrozen_epochs, num_workers, resume),
+    )
     gain = f'{scores["input"]:.2f} dB before, {scores["output"]:.2f} dB after'
     sys.stdout.write(f'\n{out}.safetensors: {gain}, on the photos that validate\n')
     return 0
 
 # %% ../nbs/command_line.ipynb #8e7a1c02
-@command
+@command('Run it again to begin anew.')
 def enhance_evaluate(
     path: str = None,  # folder of good photos
     degraded_path: str = None,  # folder of bad ones with the same names; by default a recipe's
@@ -258,7 +261,7 @@ def _enhance_folder(sources, out, format, settings, compare):
     return code
 
 # %% ../nbs/command_line.ipynb #10a00003
-@command
+@command()
 def enhance(
     photos: Annotated[str, {'nargs': '*', 'opt': False}] = None,  # photos, or a folder of photos
     out: str = None,  # file for one photo, folder for more; by default PHOTO-enhanced beside it

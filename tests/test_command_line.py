@@ -389,6 +389,18 @@ def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
     assert 'Traceback' not in err
 
 
+def test_each_command_says_what_to_do_after_ctrl_c(capsys):
+    "An evaluation keeps nothing, so there is nothing to go on from."
+    from enhance_lib.command_line import command
+
+    @command('Begin anew.')
+    def tool(path: str = None):
+        raise KeyboardInterrupt
+
+    assert tool([]) == 130
+    assert capsys.readouterr().err == '\ntool: stopped. Begin anew.\n'
+
+
 def test_evaluation_that_can_not_begin(photos, tmp_path):
     "Exit code 2 and one sentence; nothing is written."
     assert '--path must be given' in refused('enhance_evaluate')

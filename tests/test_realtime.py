@@ -159,8 +159,23 @@ def test_no_blocks_are_refused(wrong):
         RealtimeSR(n_blocks=wrong)
 
 
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('wide', [False, True])
+def test_the_margin_is_how_far_the_network_sees(scale, wide):
+    "No further, so that tiles give what the whole photo gives; and no nearer."
+    model = stirred(RealtimeSR(scale, 1, wide=wide)).eval()
+    margin = model.margin
+    x = torch.rand(1, 3, 1, 2 * margin + 12).expand(-1, -1, 5, -1).clone()
+    changed = x.clone()
+    changed[..., margin + 6] = 1 - changed[..., margin + 6]  # one column
+    with torch.no_grad():
+        moved = (model.double()(x.double()) - model(changed.double())).abs().amax((0, 1, 2)) > 0
+    columns = moved.nonzero()[:, 0]
+    first, last = columns.min().item() // scale, columns.max().item() // scale
+    assert (first, last) == (6, 2 * margin + 6)
+
+
 def test_tiles_make_no_difference():
-    "The margin is how far the network sees, so that tiles give what the whole photo gives."
     whole = stirred(RealtimeSR(2, 1)).eval()
     model = copy.deepcopy(whole)
     model.tile = 24

@@ -579,7 +579,14 @@ def plot_scoreboard(
     ax.set_title('Scoreboard: from the input (ring) to the model (dot)')
     ax.legend(title='task')
     if names:  # no name over another, nor over a dot or an arrow, as far as there is room
-        to = dict(zip(('target_x', 'target_y'), zip(*ends)))
-        line = {'arrowstyle': '-', 'color': 'gray', 'lw': 0.5}
-        adjust_text(names, *zip(*ends, *taken), **to, ax=ax, expand=(1.2, 1.7), arrowprops=line)
+        target_x, target_y = zip(*ends)
+        adjust_text(
+            names,
+            *zip(*ends, *taken),
+            target_x=target_x,
+            target_y=target_y,
+            ax=ax,
+            expand=(1.2, 1.7),
+            arrowprops={'arrowstyle': '-', 'color': 'gray', 'lw': 0.5},
+        )
     plt.show()

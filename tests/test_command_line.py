@@ -389,16 +389,17 @@ def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
     assert 'Traceback' not in err
 
 
-def test_each_command_says_what_to_do_after_ctrl_c(capsys):
-    "An evaluation keeps nothing, so there is nothing to go on from."
-    from enhance_lib.command_line import command
+def test_an_evaluation_that_was_stopped_begins_anew(photos, monkeypatch, capsys):
+    "It keeps nothing, so there is nothing to go on from."
+    import enhance_lib.gan
+    from enhance_lib.command_line import enhance_evaluate
 
-    @command('Begin anew.')
-    def tool(path: str = None):
+    def stopped(*args):
         raise KeyboardInterrupt
 
-    assert tool([]) == 130
-    assert capsys.readouterr().err == '\ntool: stopped. Begin anew.\n'
+    monkeypatch.setattr(enhance_lib.gan, 'evaluate', stopped)
+    assert enhance_evaluate(['--path', str(photos)]) == 130
+    assert capsys.readouterr().err == '\nenhance_evaluate: stopped. Run it again to begin anew.\n'
 
 
 def test_evaluation_that_can_not_begin(photos, tmp_path):

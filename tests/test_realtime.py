@@ -396,6 +396,14 @@ def test_content_is_nothing_for_the_same_and_pixels_add(network):
     assert float(loss(x, y)) > 0 and added == pytest.approx(0.5 * float(F.l1_loss(x, y)), rel=0.02)
 
 
+def test_a_file_of_vgg19_is_not_given_to_the_network_of_style(monkeypatch):
+    "EfficientNet would load nothing of it, and say nothing."
+    asked = []
+    monkeypatch.setattr(module, 'feature_loss', lambda *given: asked.append(given))
+    generator_content('vgg19', weights='vgg19.pth')
+    assert asked == [('content', 'vgg19.pth'), ('style', None)]
+
+
 def test_another_content_is_refused():
     with pytest.raises(PhotoError, match="no content loss on 'vgg16'.*vgg19"):
         generator_content('vgg16')

@@ -705,7 +705,12 @@ PUBLISHED = {
             'epochs': (2, 1),  # at each of `rates`
             'rates': (2e-4, 1e-4),
         },
-        'strength': 0.78,  # the knob, from the weights after the first round to those of the end
+        'strength': 0.78,  # the knob, from the weights after the first round to those of the game
+        # without a critic again; kept is what lies `share` of the way to the weights of the end
+        'after': (
+            {'pixel': 0.05, 'spectrum': 0.045, **_crops(256, 4, 1)}
+            | {'epochs': 12, 'lr': 1.5e-3, 'share': 0.5},
+        ),
     },
 }
 
@@ -722,11 +727,34 @@ def _content(options, pixel, spectrum):
     return content
 
 
+def _fit(model, dls, content, part, path):
+    "One round without a critic."
+    options = {'opt_func': muon, 'splitter': kernels_apart, 'wd': 0.0}
+    learn = half_precision(Learner(dls, model, content, metrics=BatchPSNR(), **options))
+    rates = slice(part['lr'] / 10, part['lr'])
+    learn.fit_flat_cos(part['epochs'], rates, pct_start=0.3, cbs=KeepGoing(path))
+    return learn
+
+
+def _scores(learn, part):
+    "How a network does after a round."
+    return {'epochs': part['epochs'], **dict(zip(('loss', 'PSNR'), map(float, learn.validate())))}
+
+
+def _come_back(model, before, share):
+    "Give a network the weights that lie `share` of the way from `before` to its own."
+    end = {k: v.to(before[k].device) for k, v in model.state_dict().items()}
+    mixed = {
+        k: torch.lerp(v, end[k], share) if v.is_floating_point() else v for k, v in before.items()
+    }
+    model.load_state_dict(mixed)
+
+
 def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: each round, and the game, has its own to go on from
-    budget: Budget,  # full takes 36 minutes on two CPU cores, and 4 minutes on a GPU before it
+    budget: Budget,  # full takes 78 minutes on two CPU cores, and 4 minutes on a GPU before
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
@@ -740,34 +768,33 @@ def train_published(
     options = {'valid_size': budget(64, 64, 256), 'turn': False, 'n_workers': n_workers}
     loaders = partial(recipe_dls, train, valid, plan['task'], **options, cache=5000)
     model, history, first = load_model(plan['start']), [], None
-    for i, part in enumerate(plan['rounds']):
+
+    def prepared(part):
+        "The settings of a round in this budget, its pairs, its loss."
         part = {**part, **budget(short, short, {})}
         dls = loaders(**{k: part[k] for k in ('size', 'bs', 'per_photo')})
-        content = _content(plan['content'], part['pixel'], part['spectrum'])
-        options = {'opt_func': muon, 'splitter': kernels_apart, 'wd': 0.0}
-        learn = half_precision(Learner(dls, model, content, metrics=BatchPSNR(), **options))
-        keep_going = KeepGoing(Path(checkpoint).with_suffix(f'.{i}.ckpt'))
-        rates = slice(part['lr'] / 10, part['lr'])
-        learn.fit_flat_cos(part['epochs'], rates, pct_start=0.3, cbs=keep_going)
-        loss, output = map(float, learn.validate())
-        history.append({'epochs': part['epochs'], 'loss': loss, 'PSNR': output})
+        return part, dls, _content(plan['content'], part['pixel'], part['spectrum'])
+
+    for i, part in enumerate(plan['rounds']):
+        part, dls, content = prepared(part)
+        learn = _fit(model, dls, content, part, Path(checkpoint).with_suffix(f'.{i}.ckpt'))
+        history.append(_scores(learn, part))
         first = first or copy.deepcopy(model.state_dict())
-    part = {**plan['game'], **budget(short, short, {}), 'epochs': plan['game']['epochs']}
-    learn = gan_learner(
-        loaders(**{k: part[k] for k in ('size', 'bs', 'per_photo')}),
-        model,
-        Critic(**part['critic']),
-        _content(plan['content'], part['pixel'], part['spectrum']),
-        part['weights'],
-        every=budget(2, 10, 100),
-    )
-    epochs = budget((1, 1), (1, 1), part['epochs'])
+
+    part, dls, content = prepared(plan['game'])
+    critic, every = Critic(**part['critic']), budget(2, 10, 100)
+    learn = gan_learner(dls, model, critic, content, part['weights'], every=every)
+    epochs = budget((1, 1), (1, 1), plan['game']['epochs'])
     fit_gan(learn, epochs, part['rates'], Path(checkpoint).with_suffix('.game'), mean=True)
-    end = {k: v.to(first[k].device) for k, v in model.state_dict().items()}
-    mixed = {
-        k: torch.lerp(v, end[k], plan['strength']) if v.is_floating_point() else v
-        for k, v in first.items()
-    }
-    model.load_state_dict(mixed)
+    _come_back(model, first, plan['strength'])
     learn.watch.look()
-    return model, [*history, {'epochs': sum(epochs), **learn.watch.looks[-1]}]
+    history.append({'epochs': sum(epochs), **learn.watch.looks[-1]})
+
+    model.requires_grad_(True)  # the game freezes who does not have the turn
+    for i, part in enumerate(plan['after']):
+        part, dls, content = prepared(part)
+        before = copy.deepcopy(model.state_dict())
+        learn = _fit(model, dls, content, part, Path(checkpoint).with_suffix(f'.after{i}.ckpt'))
+        _come_back(model, before, part['share'])
+        history.append(_scores(learn, part))
+    return model, history

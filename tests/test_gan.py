@@ -574,11 +574,12 @@ def test_every_round_of_the_published_training_runs(photos, net, tmp_path, monke
         PUBLISHED['unet-gan'], 'content', {'layers': (1,), 'features': (1,), 'gram': ()}
     )
     model, history = train_published('unet-gan', 2 * paths, tmp_path / 'a.ckpt', Budget('smoke'))
-    rounds = len(PUBLISHED['unet-gan']['rounds'])
-    assert [row['epochs'] for row in history] == [1] * rounds + [2]
+    rounds, after = (len(PUBLISHED['unet-gan'][k]) for k in ('rounds', 'after'))
+    assert [row['epochs'] for row in history] == [1] * rounds + [2] + [1] * after
     assert all(math.isfinite(value) for row in history for value in row.values())
     names = {p.name for p in tmp_path.glob('*.ckpt')}
-    assert names == {f'a.{i}.ckpt' for i in range(rounds)} | {'a.game.0.ckpt', 'a.game.1.ckpt'}
+    wanted = {f'a.{i}.ckpt' for i in range(rounds)} | {'a.game.0.ckpt', 'a.game.1.ckpt'}
+    assert names == wanted | {f'a.after{i}.ckpt' for i in range(after)}
     with pytest.raises(PhotoError, match='unet-gan'):
         train_published('unet-gna', paths, tmp_path / 'b.ckpt', Budget('smoke'))
 
@@ -601,7 +602,7 @@ def test_unet_gan_is_a_quarter_under_unet_mse():
     assert gan <= 0.75 * mse
 
 
-@pytest.mark.xfail(reason='fine detail has its price: .2395 of .2352', strict=True)
+@pytest.mark.xfail(reason='fine detail has its price: .2380 of .2352', strict=True)
 def test_unet_gan_is_no_further_than_unet_feature():
     "In feature distance."
     gan, feature = (on_val(f'unet-{name}')['feature distance'][1] for name in ('gan', 'feature'))

@@ -741,7 +741,7 @@ def _scores(learn, part):
     return {'epochs': part['epochs'], **dict(zip(('loss', 'PSNR'), map(float, learn.validate())))}
 
 
-def _come_back(model, before, share):
+def _go_back(model, before, share):
     "Give a network the weights that lie `share` of the way from `before` to its own."
     end = {k: v.to(before[k].device) for k, v in model.state_dict().items()}
     mixed = {
@@ -754,7 +754,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: each round, and the game, has its own to go on from
-    budget: Budget,  # full takes 78 minutes on two CPU cores, and 4 minutes on a GPU before
+    budget: Budget,  # full takes 78 minutes on two CPU cores, and 4 on a GPU before them
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
@@ -786,7 +786,7 @@ def train_published(
     learn = gan_learner(dls, model, critic, content, part['weights'], every=every)
     epochs = budget((1, 1), (1, 1), plan['game']['epochs'])
     fit_gan(learn, epochs, part['rates'], Path(checkpoint).with_suffix('.game'), mean=True)
-    _come_back(model, first, plan['strength'])
+    _go_back(model, first, plan['strength'])
     learn.watch.look()
     history.append({'epochs': sum(epochs), **learn.watch.looks[-1]})
 
@@ -795,6 +795,6 @@ def train_published(
         part, dls, content = prepared(part)
         before = copy.deepcopy(model.state_dict())
         learn = _fit(model, dls, content, part, Path(checkpoint).with_suffix(f'.after{i}.ckpt'))
-        _come_back(model, before, part['share'])
+        _go_back(model, before, part['share'])
         history.append(_scores(learn, part))
     return model, history

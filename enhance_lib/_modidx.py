@@ -265,6 +265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'enhance_lib.gan.gan_learner': ('gan.html#gan_learner', 'enhance_lib/gan.py'),
                                  'enhance_lib.gan.generate_folder': ('gan.html#generate_folder', 'enhance_lib/gan.py'),
                                  'enhance_lib.gan.gradient_penalty': ('gan.html#gradient_penalty', 'enhance_lib/gan.py'),
+                                 'enhance_lib.gan.missing_detail': ('gan.html#missing_detail', 'enhance_lib/gan.py'),
                                  'enhance_lib.gan.plot_evaluation': ('gan.html#plot_evaluation', 'enhance_lib/gan.py'),
                                  'enhance_lib.gan.plot_game': ('gan.html#plot_game', 'enhance_lib/gan.py'),
                                  'enhance_lib.gan.save_evaluation': ('gan.html#save_evaluation', 'enhance_lib/gan.py'),

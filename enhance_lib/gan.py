@@ -6,7 +6,7 @@
 __all__ = ['cross_entropy', 'gan_adam', 'KEPT', 'LOG_2', 'MEASURES', 'PUBLISHED', 'generate_folder', 'Judged', 'critic_dls',
            'Critic', 'accuracy', 'critic_learner', 'MoveAlone', 'Watch', 'plot_game', 'wasserstein', 'gradient_penalty',
            'GradientPenalty', 'gan_learner', 'fit_gan', 'evaluate', 'evaluation_means', 'plot_evaluation',
-           'save_evaluation', 'spectrum_loss', 'train_published']
+           'save_evaluation', 'spectrum_loss', 'missing_detail', 'train_published']
 
 # %% ../nbs/08_gan.ipynb #fa5c86fd
 import copy
@@ -653,7 +653,7 @@ def save_evaluation(
 
 # %% ../nbs/08_gan.ipynb #f4c1d825
 def _top_octave(x, rings):
-    "Power of the luma of (N, 3, H, W) in rings of the top octave, in dB: (N, rings)."
+    "Energy of the luma of (N, 3, H, W) in rings of the top octave, as mean square: (N, rings)."
     height, width = x.shape[2:]
     y = luma(x.float())[:, 0]
     hann = partial(torch.hann_window, periodic=False, device=x.device)
@@ -665,7 +665,7 @@ def _top_octave(x, rings):
     inside = (ring >= 0) & (ring < rings)
     power = torch.fft.rfft2(y).abs().square()[:, inside]
     total = torch.zeros(len(x), rings, device=x.device).index_add(1, ring[inside], power)
-    return 10 * torch.log10(total + 1e-4)  # the floor is far below what rounding to bytes adds
+    return 2 * total / (height * width * window.square().sum())  # half of the plane stands for all
 
 
 def spectrum_loss(
@@ -674,7 +674,19 @@ def spectrum_loss(
     rings: int = 8,  # the top octave is cut into so many
 ) -> torch.Tensor:  # a number, in dB
     "By how much fine detail is too weak or too strong, wherever it is (after Durall et al. 2020)."
-    return (_top_octave(prediction, rings) - _top_octave(target, rings)).abs().mean()
+    floor = 1e-12  # far below what rounding to bytes adds
+    made, good = (10 * torch.log10(_top_octave(x, rings) + floor) for x in (prediction, target))
+    return (made - good).abs().mean()
+
+
+def missing_detail(
+    prediction: torch.Tensor,  # (N, 3, H, W) in [0, 1]
+    target: torch.Tensor,  # the same
+    rings: int = 8,  # the top octave is cut into so many
+) -> torch.Tensor:  # a number: mean square of what lacks
+    "How much energy the top octave lacks; photos that have much of it count most."
+    lacks = _top_octave(target, rings) - _top_octave(prediction, rings)
+    return lacks.relu().sum(1).mean()
 
 # %% ../nbs/08_gan.ipynb #17c27a34
 def _crops(size, bs, per_photo):
@@ -710,19 +722,29 @@ PUBLISHED = {
         'after': (
             {'pixel': 0.05, 'spectrum': 0.045, **_crops(256, 4, 1)}
             | {'epochs': 12, 'lr': 1.5e-3, 'share': 0.5},
+            # `from`: begin so far on the way from `start`, and measure `share` from there, too;
+            # `missing` is the weight of `missing_detail`
+            {'pixel': 0.05, 'missing': 61, **_crops(256, 4, 1), 'from': 0.85}
+            | {'epochs': 6, 'lr': 5e-4, 'flat': 0.2, 'share': 0.65},
+            {'pixel': 0.05, 'missing': 39, **_crops(256, 4, 1), 'from': 1.0}
+            | {'epochs': 4, 'lr': 3e-4, 'flat': 0.1, 'share': 0.7},
         ),
     },
 }
 
 
-def _content(options, pixel, spectrum):
-    "A feature loss, the pixels with their weight, and `spectrum_loss` with its own."
+_LOSSES = 'pixel', 'spectrum', 'missing'
+
+
+def _content(options, pixel, spectrum=0.0, missing=0.0):
+    "A feature loss, and with their weights the pixels, `spectrum_loss`, and `missing_detail`."
     options = {**options, 'pixel': pixel}
     features = FeatureLoss(feature_extractor(layers=options.pop('layers')), **options)
 
     def content(prediction, target):
         loss = features(prediction, target)
-        return loss + spectrum * spectrum_loss(prediction, target) if spectrum else loss
+        loss = loss + spectrum * spectrum_loss(prediction, target) if spectrum else loss
+        return loss + missing * missing_detail(prediction, target) if missing else loss
 
     return content
 
@@ -732,7 +754,7 @@ def _fit(model, dls, content, part, path):
     options = {'opt_func': muon, 'splitter': kernels_apart, 'wd': 0.0}
     learn = half_precision(Learner(dls, model, content, metrics=BatchPSNR(), **options))
     rates = slice(part['lr'] / 10, part['lr'])
-    learn.fit_flat_cos(part['epochs'], rates, pct_start=0.3, cbs=KeepGoing(path))
+    learn.fit_flat_cos(part['epochs'], rates, pct_start=part.get('flat', 0.3), cbs=KeepGoing(path))
     return learn
 
 
@@ -754,7 +776,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: each round, and the game, has its own to go on from
-    budget: Budget,  # full takes 78 minutes on two CPU cores, and 4 on a GPU before them
+    budget: Budget,  # full takes 111 minutes on two CPU cores, and 4 on a GPU before them
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."
@@ -773,7 +795,7 @@ def train_published(
         "The settings of a round in this budget, its pairs, its loss."
         part = {**part, **budget(short, short, {})}
         dls = loaders(**{k: part[k] for k in ('size', 'bs', 'per_photo')})
-        return part, dls, _content(plan['content'], part['pixel'], part['spectrum'])
+        return part, dls, _content(plan['content'], **{k: part[k] for k in _LOSSES if k in part})
 
     for i, part in enumerate(plan['rounds']):
         part, dls, content = prepared(part)
@@ -794,6 +816,9 @@ def train_published(
     for i, part in enumerate(plan['after']):
         part, dls, content = prepared(part)
         before = copy.deepcopy(model.state_dict())
+        if 'from' in part:
+            before = load_model(plan['start']).state_dict()
+            _go_back(model, before, part['from'])
         learn = _fit(model, dls, content, part, Path(checkpoint).with_suffix(f'.after{i}.ckpt'))
         _go_back(model, before, part['share'])
         history.append(_scores(learn, part))

@@ -678,7 +678,7 @@ def spectrum_loss(
     made, good = (10 * torch.log10(_top_octave(x, rings) + floor) for x in (prediction, target))
     return (made - good).abs().mean()
 
-
+# %% ../nbs/08_gan.ipynb #8e31f0ab
 def missing_detail(
     prediction: torch.Tensor,  # (N, 3, H, W) in [0, 1]
     target: torch.Tensor,  # the same
@@ -723,7 +723,8 @@ PUBLISHED = {
             {'pixel': 0.05, 'spectrum': 0.045, **_crops(256, 4, 1)}
             | {'epochs': 12, 'lr': 1.5e-3, 'share': 0.5},
             # `from`: begin so far on the way from `start`, and measure `share` from there, too;
-            # `missing` is the weight of `missing_detail`
+            # `missing` is the weight of `missing_detail`, `flat` the share of the steps before the
+            # rate begins to fall
             {'pixel': 0.05, 'missing': 61, **_crops(256, 4, 1), 'from': 0.85}
             | {'epochs': 6, 'lr': 5e-4, 'flat': 0.2, 'share': 0.65},
             {'pixel': 0.05, 'missing': 39, **_crops(256, 4, 1), 'from': 1.0}

@@ -119,7 +119,7 @@ def enhance_train(
     degraded_path: str = None,  # folder of bad ones with the same names; by default a recipe's
     df: str = None,  # CSV with columns fnames and is_val; by default every tenth photo validates
     recipe: str = 'image2',  # what makes photos bad while training: image2, gan, wild...
-    model_name: str = 'swsl_resnet18',  # the encoder: any of timm's names
+    model_name: str = 'swsl_resnet18',  # the encoder: one of timm's names
     pretrained: str = 'yes',  # yes: the encoder's weights come from the web; no; or a file
     loss: str = 'vgg16_bn',  # vgg16_bn, squeezenet... (see Feature loss), mse or l1
     size: str = '256',  # side of the crops in pixels; 128,256: first small, then large ones

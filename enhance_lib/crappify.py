@@ -762,7 +762,8 @@ def run_folder(
         _write_log(path, sources, job, {})
     todo = [name for name in sources if name not in done]
     tasks = ((sources[name], [f / name for f in folders], job(name)) for name in todo)
-    errors = _in_processes(work, tasks, n_workers or os.cpu_count())
+    n_workers = min(n_workers or os.cpu_count() or 1, 61)  # Windows can wait for no more
+    errors = _in_processes(work, tasks, n_workers)
     results = zip(todo, errors)
     if progress and todo:
         results = progress_bar(results, total=len(todo))

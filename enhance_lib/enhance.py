@@ -367,7 +367,7 @@ def choose(
     elif q is not None and q < 92 and seen.detail < 0.01:
         shrink = 2
         why.append('no fine detail in so many pixels: halved first')
-    if shrink > 1 or scale > 1:
+    if shrink * scale > 1:
         model = 'realtime-x2' if shrink == 1 and scale <= 2 else 'realtime-x4-any'
         per_round = 2 if model == 'realtime-x2' else 4
         level = level or max(1, math.ceil(math.log(shrink * scale, per_round) - 1e-9))
@@ -469,7 +469,8 @@ def fitting_tile(
 
 def _out_of_memory(error):
     "Whether this is how a device says that it has no more memory."
-    return isinstance(error, MemoryError) or 'memory' in str(error).lower()
+    words = 'out of memory', 'not enough memory', "can't allocate memory"
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
 def run_tiles(

@@ -59,6 +59,7 @@ from enhance_lib.workbench import (
     DataLoaders,
     KeepGoing,
     PhotoModel,
+    bad_versions,
     crop_pair,
     folder_dls,
     half_precision,
@@ -147,7 +148,8 @@ def critic_dls(
     device=None,  # by default the fastest here
 ) -> DataLoaders:  # of (pictures (N, 3, H, W), labels (N,)) batches
     "What a critic learns from. Raises `PhotoError`, as `folder_dls` does."
-    dls = folder_dls(good, generated, size, bs, table, per_photo, device=device)
+    # turned, for more variety: noise, blur and lack of detail have no direction
+    dls = folder_dls(good, generated, size, bs, table, per_photo, turn=True, device=device)
     sets = (Judged(dls.train_ds), Judged(dls.valid_ds))
     return pair_loaders(*sets, bs, n_workers, device)
 
@@ -456,7 +458,7 @@ def gan_learner(
     critic_thresh: float = 0.65,  # the critic trains until its loss is below, then the generator
     wgan: bool = False,  # Wasserstein loss with gradient penalty, 5 steps of the critic a turn
     features: nn.Module | None = None,  # from `feature_extractor`: a new critic gets what it sees
-    model_name: str = 'swsl_resnet18',  # of a new generator: the encoder, any of timm's names
+    model_name: str = 'swsl_resnet18',  # of a new generator: the encoder, one of timm's names
     pretrained: bool | str | Path = True,  # of a new generator: as for `UNet`
     self_attention: bool = False,  # of a new generator
     every: int = 10,  # steps between two looks at the photos that validate
@@ -566,7 +568,7 @@ def evaluate(
     }
     recipe = get_recipe(recipe)
     names = _some_of([p.relative_to(good).as_posix() for p in find_photos(good)], sample, seed)
-    bads = {p.relative_to(bad).with_suffix(''): p for p in find_photos(bad)} if bad else {}
+    versions = bad_versions(good, bad) if bad else {}
     net = net or feature_net()
     rows, failed = [], {}
     for name in progress_bar(names) if progress else names:
@@ -575,7 +577,7 @@ def evaluate(
             if bad is None:
                 before, photo = recipe.pair(photo, seed, name, size)
             else:
-                before = _partner(bads, bad, name, photo)
+                before = _bad_version(versions, bad, name)
                 before, photo = crop_pair(before, photo, size) if size else (before, photo)
             pictures = {'input': unenhanced(before, photo.size)}
             pictures |= {model: enhance(before) for model, enhance in models.items()}
@@ -595,12 +597,11 @@ def evaluate(
     return table
 
 
-def _partner(bads, folder, name, photo):
+def _bad_version(versions, folder, name):
     "The bad version of a photo."
-    path = bads.get(Path(name).with_suffix(''))
-    if path is None:
+    if Path(name) not in versions:
         raise PhotoError(f"there is no photo of that name in '{folder}'.")
-    return open_photo(path, 'RGB')
+    return open_photo(versions[Path(name)], 'RGB')
 
 
 def evaluation_means(
@@ -663,9 +664,13 @@ def _top_octave(x, rings):
     frequency = torch.hypot(*torch.meshgrid(*sides, indexing='ij'))
     ring = ((frequency - 0.25) * 4 * rings).floor().long()
     inside = (ring >= 0) & (ring < rings)
-    power = torch.fft.rfft2(y).abs().square()[:, inside]
+    uses = torch.full_like(frequency, 2)  # half of the plane stands for all,
+    uses[:, 0] = 1  # but for the columns that have no mirror image
+    if width % 2 == 0:
+        uses[:, -1] = 1
+    power = (uses * torch.fft.rfft2(y).abs().square())[:, inside]
     total = torch.zeros(len(x), rings, device=x.device).index_add(1, ring[inside], power)
-    return 2 * total / (height * width * window.square().sum())  # half of the plane stands for all
+    return total / (height * width * window.square().sum())
 
 
 def spectrum_loss(

@@ -410,6 +410,8 @@ def _encode(photo, target, name, format, options):
             f"'{name}': {format} has no transparency; laid on white.", PhotoWarning, stacklevel=3
         )
         photo = open_photo(photo, 'L' if photo.mode == 'LA' else 'RGB')
+    elif photo.mode == 'LA' and format == 'GIF':
+        photo = open_photo(photo, 'RGBA')  # or else Pillow drops the transparency
     kept = kept_info(photo)
     try:
         photo.save(target, format, **kept, **options)

@@ -251,7 +251,7 @@ PUBLISHED = {  # rounds are of (epochs, highest learning rate), sizes are factor
 def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
-    checkpoint: str | Path,  # file to go on from, if the training was killed; one more for a round
+    checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
     budget: Budget,  # full takes 15 to 30 minutes on one CPU core with bfloat16 and 600 photos
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[SRCNN, list[dict]]:  # the model and the history of its training, as `fit` gives it

@@ -54,7 +54,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/07_unet.ipynb #b9f044cf
 def timm_network(
-    model_name: str,  # any of timm's names
+    model_name: str,  # one of timm's names
     pretrained: bool | str | Path = True,  # from the web; or a file; or random weights
 ) -> nn.Module:
     "A network of timm's. Raises `PhotoError` if there is none of that name, or no weights."
@@ -107,7 +107,7 @@ class UNet(PhotoModel):
 
     def __init__(
         self,
-        model_name: str = 'swsl_resnet18',  # any of timm's names
+        model_name: str = 'swsl_resnet18',  # one of timm's names
         pretrained: bool | str | Path = False,  # as for `timm_network`
         blur: bool = False,  # average 2×2 pixels after each pixel shuffle
         self_attention: bool = False,  # at an eighth of the size or so
@@ -150,7 +150,7 @@ LARGE = 100_000_000  # parameters; a training in float32 keeps 16 bytes for each
 
 
 def unet_parameters(
-    model_name: str,  # any of timm's names
+    model_name: str,  # one of timm's names
     **options,  # of `UNet`
 ) -> int:
     "How many parameters a U-Net on this encoder has. Raises `PhotoError` if there can't be one."
@@ -169,7 +169,7 @@ def two_groups(
 
 def get_unet(
     dls: DataLoaders,  # of (bad, good) batches in [0, 1], of the same size
-    model_name: str = 'swsl_resnet18',  # any of timm's names
+    model_name: str = 'swsl_resnet18',  # one of timm's names
     pretrained: bool | str | Path = True,  # the encoder from the web; or a file; or random weights
     loss_func=F.mse_loss,  # function(prediction, target) -> a number
     blur: bool = True,  # average 2×2 pixels after each pixel shuffle
@@ -313,7 +313,7 @@ def train_unet(
     bad: str | Path | None = None,  # folder of bad ones with the same names; None: by `recipe`
     table: str | Path | None = None,  # CSV with `fnames` and `is_val`; else every tenth validates
     recipe: str = 'image2',  # a key of `RECIPES`: what happens to the good photos, on the fly
-    model_name: str = 'swsl_resnet18',  # the encoder, any of timm's names
+    model_name: str = 'swsl_resnet18',  # the encoder, one of timm's names
     pretrained: bool | str | Path = True,  # the encoder from the web; or a file; or random weights
     loss: str = 'vgg16_bn',  # 'mse', 'l1', or a preset of `feature_loss`
     sizes: tuple = (256,),  # sides of the crops, in pixels, one after another
@@ -328,8 +328,9 @@ def train_unet(
     out, given = Path(out), {k: v for k, v in locals().items() if k not in ('resume', 'device')}
     plan = json.loads(json.dumps(given, default=str))
     home = out.with_name(f'{out.name}.training')
-    if Path(f'{out}.safetensors').exists():
-        raise PhotoError(f"'{out}.safetensors' is there already. Give another name, or remove it.")
+    for suffix in ('safetensors', 'json', 'pkl'):
+        if Path(f'{out}.{suffix}').exists():
+            raise PhotoError(f"'{out}.{suffix}' is there already. Give another name, or remove it.")
     if any(home.glob('*.ckpt')):
         if not resume:
             raise PhotoError(

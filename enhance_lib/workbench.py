@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop_pair', 'Pairs', 'pair_loaders', 'recipe_dls',
-           'folder_dls', 'AutocastCPU', 'half_precision', 'random_states', 'set_random_states', 'Order',
+           'bad_versions', 'folder_dls', 'AutocastCPU', 'half_precision', 'random_states', 'set_random_states', 'Order',
            'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'grown_box', 'save_weights', 'published',
            'load_model']
 
@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -203,7 +204,9 @@ def pair_loaders(
 # %% ../nbs/03_workbench.ipynb #49474dd1
 def _named(source, sources):
     "Enter a photo or path in `sources`, and give the name that its dice are thrown by."
-    name = f'{len(sources)} {"" if isinstance(source, Image.Image) else source}'
+    name = f'photo {len(sources)}' if isinstance(source, Image.Image) else Path(source).name
+    while name in sources:
+        name += ' again'  # named twice, it is drawn twice
     sources[name] = source
     return name
 
@@ -238,7 +241,7 @@ def recipe_dls(
             return recipe.pair(keep(sources[item]), int(rng.integers(2**31)), size=size)
         except PhotoError as e:  # which of many photos was it?
             source = sources[item]
-            name = f'photo {item.strip()}' if isinstance(source, Image.Image) else f"'{source}'"
+            name = item if isinstance(source, Image.Image) else f"'{source}'"
             raise PhotoError(f'{name}: {e}') from e
 
     train, valid = (find_photos(s) if isinstance(s, str | Path) else s for s in (train, valid))
@@ -251,6 +254,31 @@ def recipe_dls(
     to_train = Pairs(make, train, per_photo, turn=turn)
     return pair_loaders(to_train, to_validate, bs, n_workers, device)
 
+# %% ../nbs/03_workbench.ipynb #2f7c50d3
+def bad_versions(
+    good: str | Path,  # folder of good photos
+    bad: str | Path,  # folder of bad ones with the same names, up to the suffix
+) -> dict[Path, Path]:  # name in `good` -> path of its bad version, where there is one
+    "Pair photos up as `crappify_folder` names them. Raises `PhotoError` where that is not clear."
+    names = [p.relative_to(good) for p in find_photos(good)]
+    paths = {p.relative_to(bad): p for p in find_photos(bad)}
+    by_stem = defaultdict(list)
+    for name in paths:
+        by_stem[name.with_suffix('')].append(name)
+    # cat.jpg, or cat.jpg.png; only where there is neither: cat with any suffix
+    found = {name: [name] if name in paths else by_stem[name] for name in names}
+    taken = {other for others in found.values() for other in others}
+    for name, others in found.items():
+        found[name] = others or [o for o in by_stem[name.with_suffix('')] if o not in taken]
+    uses = Counter(other for others in found.values() for other in others)
+    for name, others in found.items():
+        if len(others) > 1 or any(uses[other] > 1 for other in others):
+            raise PhotoError(
+                f"It is not clear which photo in '{bad}' is the bad version of which: '{name}' is "
+                'not the only one of its name but for the suffix. Give them different names.'
+            )
+    return {name: paths[others[0]] for name, others in found.items() if others}
+
 # %% ../nbs/03_workbench.ipynb #4b5a6124
 def folder_dls(
     good: str | Path,  # folder of good photos
@@ -259,6 +287,7 @@ def folder_dls(
     bs: int = 8,  # pairs in a batch
     table: str | Path | None = None,  # CSV with columns `fnames` and `is_val`
     per_photo: int = 1,  # crops from each photo in an epoch
+    turn: bool = False,  # lay each pair in one of eight ways; not for damage with a direction
     cache: float = 2000,  # megabytes of decoded photos to keep in memory
     n_workers: int = 0,  # processes that make pairs
     device=None,  # by default the fastest here
@@ -271,14 +300,14 @@ def folder_dls(
     else:
         rows = read_table(table, good)
         names, held_out = [Path(n) for n in rows['fnames']], list(rows['is_val'])
-    stems = {p.relative_to(bad).with_suffix(''): p for p in find_photos(bad)}
-    lost = [str(n) for n in names if n.with_suffix('') not in stems]
+    versions = bad_versions(good, bad)
+    lost = [str(n) for n in names if n not in versions]
     if lost:
         shown = ', '.join(lost[:10]) + (', …' if len(lost) > 10 else '')
         raise PhotoError(f"{len(lost)} photos have no bad version in '{bad}': {shown}")
 
     def make(name, rng):
-        pair = keep(stems[name.with_suffix('')]), keep(good / name)
+        pair = keep(versions[name]), keep(good / name)
         try:
             return crop_pair(*pair, size, rng)
         except PhotoError as e:  # which of many pairs was it?
@@ -286,9 +315,8 @@ def folder_dls(
 
     train = [n for n, held in zip(names, held_out) if not held]
     valid = [n for n, held in zip(names, held_out) if held]
-    return pair_loaders(
-        Pairs(make, train, per_photo), Pairs(make, valid, fixed=True), bs, n_workers, device
-    )
+    to_train = Pairs(make, train, per_photo, turn=turn)
+    return pair_loaders(to_train, Pairs(make, valid, fixed=True), bs, n_workers, device)
 
 # %% ../nbs/03_workbench.ipynb #48626ee2
 class AutocastCPU(Callback):

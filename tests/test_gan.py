@@ -300,13 +300,15 @@ def test_the_spectrum_by_hand(photos):
     assert soft.grad.isfinite().all() and float(soft.grad.abs().max()) > 0
 
 
-def test_missing_detail_by_hand():
+@pytest.mark.parametrize('way', ['upright', 'level'])
+def test_missing_detail_by_hand(way):
     "Waves of amplitude a have the mean square a²/2; only what lacks counts, and in its ring."
     studio = (219 / 255) ** 2  # luma goes from 16 to 235
 
     def waves(a, frequency):
         row = 0.5 + a * torch.cos(2 * math.pi * frequency * torch.arange(256))
-        return row.expand(2, 3, 256, 256)
+        stripes = row.expand(2, 3, 256, 256)
+        return stripes if way == 'upright' else stripes.mT
 
     flat, strong, weak = waves(0, 0), waves(0.2, 0.3), waves(0.1, 0.3)
     assert float(missing_detail(flat, strong)) == pytest.approx(0.02 * studio, rel=0.01)

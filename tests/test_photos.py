@@ -678,6 +678,17 @@ def test_transparency_is_laid_on_white_where_there_is_none(tmp_path, suffix, mod
     assert set(np.asarray(again).flat) == {255}
 
 
+@pytest.mark.parametrize('suffix', ['.gif', '.png', '.tif', '.webp'])
+@pytest.mark.parametrize('mode', ['LA', 'RGBA'])
+def test_transparency_is_kept_where_there_is_one(tmp_path, suffix, mode):
+    photo = Image.new(mode, (8, 8), 0)
+    photo.paste(Image.new(mode, (4, 8), 'white'))
+    with silent():
+        again = open_photo(save_photo(photo, tmp_path / f'a{suffix}'), 'RGBA')
+    assert (np.asarray(again)[:, :4] == 255).all()
+    assert (np.asarray(again)[:, 4:, 3] == 0).all()
+
+
 def test_photos_without_transparency_save_without_a_word(tmp_path):
     for mode in 'L', 'RGB':
         for suffix in SUFFIXES:

@@ -476,11 +476,12 @@ def test_a_training_goes_on_only_as_it_was_begun(folders, monkeypatch):
         quick(*args, resume=True)
 
 
-def test_what_is_there_is_not_overwritten(folders):
-    (folders / 'mine.safetensors').write_bytes(b'precious')
-    with pytest.raises(PhotoError, match='already'):
+@pytest.mark.parametrize('suffix', ['safetensors', 'json', 'pkl'])
+def test_what_is_there_is_not_overwritten(folders, suffix):
+    (folders / f'mine.{suffix}').write_bytes(b'precious')
+    with pytest.raises(PhotoError, match=f'{suffix}. is there already'):
         quick(folders / 'good', folders / 'mine')
-    assert (folders / 'mine.safetensors').read_bytes() == b'precious'
+    assert (folders / f'mine.{suffix}').read_bytes() == b'precious'
 
 
 def test_resume_without_a_beginning_begins(folders):

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from enhance_lib import srcnn, workbench
-from enhance_lib.crappify import Recipe, Step
+from enhance_lib.crappify import Recipe, Step, crappify_folder
 from enhance_lib.measure import TASKS
 from enhance_lib.photos import PhotoError, tile_boxes
 from enhance_lib.srcnn import SRCNN
@@ -41,6 +41,7 @@ from enhance_lib.workbench import (
     PhotoCache,
     PhotoModel,
     autocast,
+    bad_versions,
     crop_pair,
     folder_dls,
     half_dtype,
@@ -544,9 +545,22 @@ def test_once_makes_the_same_of_photos_in_memory_in_every_run():
     assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
 
 
+def test_once_neither_the_folder_nor_the_other_photos_matter(tmp_path):
+    recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
+    for folder, names in (('here', ['m.png']), ('there', ['a.png', 'm.png', 'z.png'])):
+        (tmp_path / folder).mkdir()
+        paths = [tmp_path / folder / name for name in names]
+        for path in paths:
+            noise_photo().save(path)
+        held = [tmp_path / folder / 'm.png']
+        dls = recipe_dls(paths, held, recipe, size=16, bs=1, once=True, device='cpu')
+        batches.append(next(iter(dls.valid))[0])
+    assert torch.equal(*batches)
+
+
 @pytest.mark.parametrize('kind', ['photos', 'paths'])
 def test_once_throws_the_dice_of_each_photo_by_itself(kind, tmp_path):
-    "By its position and its path: even the same photo, named twice, gets another noise."
+    "By its name: even the same photo, named twice, gets another noise."
     noise_photo().save(tmp_path / 'a.png')
     one = noise_photo() if kind == 'photos' else tmp_path / 'a.png'
     recipe = Recipe('grain', (Step('noise', sigma=30),))
@@ -719,6 +733,65 @@ def test_missing_partners_are_named(tmp_path):
         folder_dls(good, bad, size=8, device='cpu')
     message = one_line(error)
     assert '13 photos' in message and '09.png, …' in message and '10.png' not in message
+
+
+def test_who_belongs_to_whom(tmp_path):
+    good, bad = tmp_path / 'good', tmp_path / 'bad'
+    for folder, names in {
+        good: ['a.png', 'b.jpg', 'b.png', 'c.jpg', 'c.png', 'sub/d.jpg', 'e.png', 'f.jpg', 'f.png'],
+        bad: ['a.jpg', 'b.jpg', 'b.png', 'c.jpg.png', 'c.png.png', 'sub/d.webp', 'f.png', 'z.png'],
+    }.items():
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            noise_photo().save(folder / name)
+    found = {
+        k.as_posix(): v.relative_to(bad).as_posix() for k, v in bad_versions(good, bad).items()
+    }
+    assert found == {
+        'a.png': 'a.jpg',
+        'b.jpg': 'b.jpg',
+        'b.png': 'b.png',
+        'c.jpg': 'c.jpg.png',
+        'c.png': 'c.png.png',
+        'sub/d.jpg': 'sub/d.webp',
+        'f.png': 'f.png',  # so f.jpg and e.png have none
+    }
+
+
+@pytest.mark.parametrize(
+    'goods, bads', [(['a.jpg', 'a.png'], ['a.webp']), (['a.jpg'], ['a.png', 'a.webp'])]
+)
+def test_it_is_said_when_nobody_can_know_who_belongs_to_whom(tmp_path, goods, bads):
+    for folder, names in (('good', goods), ('bad', bads)):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            noise_photo().save(tmp_path / folder / name)
+    with refused('a.jpg', tmp_path / 'bad', 'not clear'):
+        folder_dls(tmp_path / 'good', tmp_path / 'bad', size=8, device='cpu')
+
+
+@pytest.mark.parametrize('format', [None, 'png'])
+def test_what_crappify_folder_writes_is_found_again(tmp_path, format):
+    (tmp_path / 'good').mkdir()
+    for name in 'x.bmp', 'x.png', 'y.jpg':
+        noise_photo(seed=len(name) + ord(name[-1])).save(tmp_path / 'good' / name)
+    recipe = Recipe('as it is', (Step('brightness', factor=1.0),))
+    crappify_folder(
+        tmp_path / 'good', tmp_path / 'bad', recipe, format=format, n_workers=1, progress=False
+    )
+    versions = bad_versions(tmp_path / 'good', tmp_path / 'bad')
+    assert len(versions) == 3
+    for name in 'x.bmp', 'x.png':
+        bad = Image.open(versions[Path(name)]).convert('RGB')
+        assert (pixels(bad) == pixels(Image.open(tmp_path / 'good' / name))).all()
+
+
+@pytest.mark.parametrize('turn', [False, True])
+def test_pairs_from_folders_are_turned_only_when_asked(tmp_path, turn):
+    good, bad = two_folders(tmp_path, ['a.png', 'b.png'], scale=1)
+    dls = folder_dls(good, bad, size=20, bs=1, per_photo=30, turn=turn, device='cpu')
+    upright = [levels(y[0])[0, 0, 0] < levels(y[0])[0, -1, 0] for _, y in dls.train]
+    assert all(upright) != turn
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

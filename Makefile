@@ -38,6 +38,7 @@ lab: $(READY)  ## open the course in JupyterLab
 
 app: HOST = 127.0.0.1
 app: PORT = 8866
+app: TOKEN =
 app: $(READY)  ## serve the app in the browser (PORT=9000; for others HOST=0.0.0.0 TOKEN=a-password)
 	@$(BIN)/python tools/app.py --host '$(HOST)' --port '$(PORT)' --token '$(TOKEN)'
 

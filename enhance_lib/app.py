@@ -12,6 +12,8 @@ import mimetypes
 import sys
 import threading
 import time
+import warnings
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -22,7 +24,14 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
 from .crappify import RECIPES
-from .photos import PhotoError, encode_photo, open_photo, sample_photo, uploaded_file
+from enhance_lib.photos import (
+    PhotoError,
+    PhotoWarning,
+    encode_photo,
+    open_photo,
+    sample_photo,
+    uploaded_file,
+)
 
 # enhance_lib.enhance brings torch, which takes seconds: it is imported behind the open page
 
@@ -352,6 +361,16 @@ def _say(self: EnhanceApp, text: str, bad: bool = False):
     )
 
 
+@contextmanager
+def _heard():
+    "What the package warns of inside: a list of sentences, to be read after it."
+    said = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', PhotoWarning)
+        yield said
+    said += [str(w.message) for w in caught if issubclass(w.category, PhotoWarning)]
+
+
 @patch
 def _take(self: EnhanceApp, name: str, content: bytes, original: Image.Image | None = None):
     "A new photo: check it, show it, forget the one before."
@@ -360,10 +379,12 @@ def _take(self: EnhanceApp, name: str, content: bytes, original: Image.Image | N
     if len(content) > self.max_upload:
         limit = f'{self.max_upload / 1e6:.3g} MB'
         raise PhotoError(f"'{name}' is too large: files of more than {limit} are not taken here.")
-    photo = open_photo(content, None, name)  # says what is wrong with it
+    with _heard() as said:
+        photo = open_photo(content, None, name)  # says what is wrong with it
     self.name, self.content, self.original, self.result = name, content, original, None
     self.zoom.value, self.centre = False, (0.5, 0.5)
-    self._say(f'{name}: {photo.width}×{photo.height} pixels. Press Enhance.')
+    size = f'{name}: {photo.width}×{photo.height} pixels.'
+    self._say(' '.join([size, *said, 'Press Enhance.']))
     self._show()
     self._follow_state()
 
@@ -528,12 +549,16 @@ def _file(self: EnhanceApp) -> tuple[str, bytes] | None:
     if self.result is None:
         return None
     path = Path(self.name)
-    try:
-        name = f'{path.stem}-enhanced{path.suffix}'
-        return name, self.result.encode(name)
-    except PhotoError:  # a name without a suffix, or a format that can only be read
-        name = f'{path.stem}-enhanced.png'
-        return name, self.result.encode(name)
+    name = f'{path.stem}-enhanced{path.suffix}'
+    with _heard() as said:
+        try:
+            content = self.result.encode(name)
+        except PhotoError:  # a name without a suffix, or a format that can only be read
+            name = f'{path.stem}-enhanced.png'
+            content = self.result.encode(name)
+    if said:
+        self._say(' '.join(said))
+    return name, content
 
 
 @patch

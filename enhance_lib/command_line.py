@@ -9,6 +9,7 @@ __all__ = ['command', 'enhance_resize', 'enhance_crappify', 'enhance_train', 'en
 import sys
 import warnings
 from functools import wraps
+from os.path import isdir
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,8 @@ def command(
             argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
             arguments = vars(parser.parse_args(argv))
             warnings.formatwarning = lambda message, *where: f'{message}\n'  # a sentence, no code
+            if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+                sys.stdout.reconfigure(errors='backslashreplace')  # no name of a file stops it
             for of_fastcore in ('pdb', 'xtra'):
                 arguments.pop(of_fastcore, None)
             try:
@@ -180,10 +183,10 @@ def _target(photo, out, format):
     beside = photo.with_name(f'{photo.stem}-enhanced{suffix}')
     if out is None:
         return beside
-    if out.is_dir() or not out.suffix:
+    if isdir(out) or not out.suffix:
         return out / beside.name
     if format and out.suffix.lower() != suffix:
-        raise PhotoError(f"--out '{out}' and --format {format} name two formats. Leave one away.")
+        raise PhotoError(f"--out '{out}' and --format {format} name two formats. Leave one out.")
     return out
 
 
@@ -197,13 +200,19 @@ def _named(photos):
         found += [Path(p) for p in (sorted(glob(name)) if stars else [name])] or [Path(name)]
     # what an earlier run made of a photo that is named too: `enhance *.jpg` a second time
     stems = {photo.with_suffix('') for photo in found}
-    ours = [p for p in found if p.stem.endswith('-enhanced') and _original(p) in stems]
+    ours = [p for p in found if p.stem.endswith(_ENDINGS) and _original(p) in stems]
+    if ours:
+        names = ', '.join(map(str, ours[:5])) + (', …' if len(ours) > 5 else '')
+        sys.stderr.write(f'Left out, as results of an earlier run: {names}\n')
     return [photo for photo in found if photo not in ours]
+
+
+_ENDINGS = '-enhanced', '-enhanced-compared'
 
 
 def _original(photo):
     "The path, without suffix, of what `photo` was made from, by its name."
-    return photo.with_name(photo.stem.removesuffix('-enhanced'))
+    return photo.with_name(photo.stem.removesuffix('-compared').removesuffix('-enhanced'))
 
 
 def _sources(photos, format):
@@ -213,7 +222,7 @@ def _sources(photos, format):
 
     sources = {}
     for photo in photos:
-        if photo.is_dir():
+        if isdir(photo):
             names = output_names(photo, format)
             if len(photos) > 1:  # folders keep apart what is called the same
                 names = {f'{photo.resolve().name}/{name}': path for name, path in names.items()}
@@ -227,22 +236,32 @@ def _sources(photos, format):
     return sources
 
 
-def _enhance_file(photo, target, settings, compare, overwrite):
-    "Enhance one photo to a file."
+def _enhance_file(photo, target, settings, compare, overwrite, taken):
+    "Enhance one photo to a file; `taken` are those that this run has written."
     from PIL import Image
 
     from enhance_lib.enhance import enhance, save_compared
-    from enhance_lib.photos import PhotoError, encode_photo
+    from enhance_lib.photos import PhotoError, encode_photo, open_photo
 
     compared = target.with_name(f'{target.stem}-compared.png')
     for path in [target, *[compared] * compare]:
         if path.resolve() == photo.resolve():
             raise PhotoError(f"'{photo}' would be overwritten. Choose another name for --out.")
+        if path in taken:
+            raise PhotoError(
+                f"'{photo}' would become '{path}', as another photo did. Enhance it by itself, "
+                'with another name for --out.'
+            )
         if path.exists() and not overwrite:
             raise PhotoError(
                 f"'{path}' is there already. Choose another name with --out, or say --overwrite."
             )
-        encode_photo(Image.new('L', (8, 8)), path)  # raises now, not after all the work
+        try:
+            encode_photo(Image.new('L', (8, 8)), path)  # raises now, not after all the work
+        except PhotoError:
+            open_photo(photo, None)  # where the photo is the mistake, that is said
+            raise
+    taken.update((target, compared) if compare else (target,))
     better = enhance(photo, **settings)
     better.save(target)
     sys.stdout.write(f'{target}: {better}\n')
@@ -274,7 +293,7 @@ def enhance(
     tile: int = None,  # side of the tiles in pixels; by default what fits the memory
     format: str = None,  # png, jpg, webp...; by default as the photo was
     compare: store_true = False,  # write pictures of before and after, too
-    overwrite: store_true = False,  # a file that is there already (folders know their own)
+    overwrite: store_true = False,  # replace a result that is there (folder runs replace their own)
     list: store_true = False,  # show the published models
     lr_path: str = None,  # another name for PHOTO
     sr_path: str = None,  # another name for --out
@@ -297,14 +316,14 @@ def enhance(
         raise PhotoError(f'--scale {scale}: give a number, 2 for instance, or auto.') from None
     settings = {'model': model, 'scale': scale, 'level': level, 'strength': strength}
     settings |= {'keep_colors': keep_colors, 'device': device, 'tile': tile}
-    folders = [photo for photo in photos if photo.is_dir()]
+    folders = [photo for photo in photos if isdir(photo)]  # Path.is_dir may raise
     if out and (folders or len(photos) > 1):
-        if out.suffix and not out.is_dir():
+        if out.suffix and not isdir(out):
             raise PhotoError(f"'{out}' looks like a file; several photos go to a folder.")
         if len(photos) == 1:  # says where they overlap, and names formats that are not there
             return _enhance_folder(photos[0], out, format, settings, compare)
         return _enhance_folder(_sources(photos, format), out, None, settings, compare)
-    codes = []
+    codes, taken = [], set()
     for photo in photos:
         try:
             if photo in folders:
@@ -312,7 +331,7 @@ def enhance(
                 codes.append(_enhance_folder(photo, beside, format, settings, compare))
             else:
                 target = _target(photo, out, format)
-                _enhance_file(photo, target, settings, compare, overwrite)
+                _enhance_file(photo, target, settings, compare, overwrite, taken)
         except PhotoError as e:
             if len(photos) == 1:
                 raise

@@ -25,8 +25,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -722,7 +723,8 @@ def _write_log(log, sources, job, errors):
 
 def _still_good(folder, log, sources, job):
     "The names whose file in `folder` an earlier run made as it would be made now; and the others."
-    ours = {name: j == json.dumps(job(name)) for name, j, _ in _logged(log) if name in sources}
+    rows = ((n, j) for n, j, error in _logged(log) if n in sources and not error)
+    ours = {name: j == json.dumps(job(name)) for name, j in rows}
     there = [name for name in sources if (folder / name).exists()]
     foreign = [name for name in there if name not in ours]
     if foreign:
@@ -731,6 +733,16 @@ def _still_good(folder, log, sources, job):
             'photos in all). Choose another folder, so that none is lost.'
         )
     return {n for n in there if ours[n]}, [n for n in there if not ours[n]]
+
+
+def _check_sources(sources, folders):
+    "That no photo lies where a result goes, since what is outdated there is removed."
+    resolved, homes = cache(Path.resolve), [folder.resolve() for folder in folders]
+    for path in map(Path, sources.values()):
+        whole = resolved(path.parent) / path.name
+        for home in homes:
+            if whole.is_relative_to(home) and whole.relative_to(home).as_posix() in sources:
+                raise PhotoError(f"'{path}' would be overwritten. Choose another folder.")
 
 # %% ../nbs/01_crappify.ipynb #ac70d6c3
 def run_folder(
@@ -747,6 +759,7 @@ def run_folder(
         raise PhotoError(f'{n_workers} workers are not possible: 1 or more.')
     logs = [folder / log for folder in folders]
     try:
+        _check_sources(sources, folders)
         found = [_still_good(f, log, sources, job) for f, log in zip(folders, logs)]
         for folder, (_, outdated) in zip(folders, found):
             for part in folder.rglob('.enhance-*.part'):
@@ -767,7 +780,13 @@ def run_folder(
     results = zip(todo, errors)
     if progress and todo:
         results = progress_bar(results, total=len(todo))
-    failed = {name: error for name, error in results if error}
+    failed = {}
+    for name, error in results:
+        if error:
+            failed[name] = error
+            for folder in folders:  # half of a pair; a row with an error owns no file
+                with suppress(OSError):
+                    (folder / name).unlink(missing_ok=True)
     if failed:
         for path in logs:
             _write_log(path, sources, job, failed)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_TILE', 'open_pixels', 'as_photo', 'save_pixels', 'encode_pixels', 'jpeg_quality', 'noise_level', 'detail_share',
-           'flat_share', 'find_scale_factor', 'Look', 'look', 'Plan', 'choose', 'fitting_tile', 'run_tiles',
-           'check_settings', 'check_size', 'predict', 'upgrade', 'compare', 'Enhanced', 'follow', 'plan_for', 'enhance',
-           'save_compared', 'enhance_folder', 'model_table']
+           'flat_share', 'find_scale_factor', 'Look', 'look', 'Plan', 'choose', 'fitting_tile', 'check_tiles',
+           'run_tiles', 'check_settings', 'check_size', 'predict', 'upgrade', 'compare', 'Enhanced', 'follow',
+           'plan_for', 'enhance', 'save_compared', 'enhance_folder', 'model_table']
 
 # %% ../nbs/10_enhance.ipynb #65023e3a
 import io
@@ -92,7 +92,9 @@ def _deep_pixels(content):
     if kind is None:
         return None
     try:
-        pixels, image = kind(content), Image.open(io.BytesIO(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            pixels, image = kind(content), Image.open(io.BytesIO(content))
     except Exception:  # a rare kind of file: its 8 bits will do
         return None
     if pixels is None or pixels.dtype != np.uint16:
@@ -243,7 +245,9 @@ def jpeg_quality(
     image = source
     if not isinstance(source, Image.Image):
         try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            with warnings.catch_warnings():  # `open_photo` says which photos are too large
+                warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         except (OSError, ValueError):  # `open_photo` says what is wrong with it
             return None
     tables = getattr(image, 'quantization', None)
@@ -473,6 +477,17 @@ def _out_of_memory(error):
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
+def check_tiles(
+    tile: int | None,  # side in pixels; None: not checked
+    overlap: int | None = None,  # in pixels; None: not checked
+):
+    "Raise `PhotoError` for tiles that are not possible."
+    if tile is not None and tile < LEAST_TILE:
+        raise PhotoError(f'A tile of {tile} pixels is not possible: {LEAST_TILE} or more.')
+    if overlap is not None and overlap < 0:
+        raise PhotoError(f'An overlap of {overlap} pixels is not possible: 0 or more.')
+
+
 def run_tiles(
     model: PhotoModel,
     pixels: np.ndarray,  # (H, W, 1 or 3) of uint8 or uint16
@@ -483,10 +498,7 @@ def run_tiles(
 ) -> np.ndarray:  # (scale * H, scale * W, 1 or 3) of the same type
     "A model on a photo of any size, tile by tile. Raises `PhotoError` if there is no memory."
     device = pick_device(device)
-    if tile is not None and tile < LEAST_TILE:
-        raise PhotoError(f'A tile of {tile} pixels is not possible: {LEAST_TILE} or more.')
-    if overlap is not None and overlap < 0:
-        raise PhotoError(f'An overlap of {overlap} pixels is not possible: 0 or more.')
+    check_tiles(tile, overlap)
     if overlap is None:  # where tiles agree a short way will do; else the change has to be slow
         overlap = 2 * model.margin + (8 if model.exact else 96)
     model.to(device, memory_format=torch.channels_last).eval()
@@ -531,7 +543,7 @@ def _size(pixels, factor):
 
 
 def check_settings(
-    scale: float | None,  # times per side; None is checked by nobody
+    scale: float | None,  # times per side; None: not checked
     level: int | None,  # rounds
     strength: float = 1.0,
 ):
@@ -843,6 +855,7 @@ def enhance_folder(
     "Enhance a folder; may be killed and started again. Raises `PhotoError`."
     # impossible settings are refused before anything is written
     check_settings(None if scale == 'auto' else scale, level, strength)
+    check_tiles(tile)
     pick_device(device)
     used = ['jpeg-blind', 'realtime-x2', 'realtime-x4-any'] if model is None else [model]
     weights = [load_model(name).card['sha256'] for name in used]

@@ -1,5 +1,6 @@
 """The app: its parts, and as visitors use it, in JupyterLab and in Voilà, driven in a browser."""
 
+import importlib.util
 import io
 import json
 import os
@@ -271,6 +272,26 @@ def test_cancel_after_the_end_says_nothing(cat):
     assert text(app) == said and app.result
 
 
+def test_pages_that_are_left_out_are_spoken_of(cat):
+    file = io.BytesIO()
+    cat.save(file, 'TIFF', save_all=True, append_images=[cat, cat])
+    app = EnhanceApp(device='cpu')
+    upload(app, 'scan.tif', file.getvalue())
+    assert '3 frames; only the first is used' in text(app) and text(app).endswith('Press Enhance.')
+
+
+def test_transparency_that_a_download_can_not_have_is_spoken_of(cat):
+    clear = cat.convert('RGBA')
+    clear.putalpha(100)
+    app = EnhanceApp(device='cpu')
+    upload(app, 'a.png', encode_photo(clear, 'a.png'))
+    app.go.click()
+    assert app.wait()
+    assert app._file()[0] == 'a-enhanced.png' and 'transparency' not in text(app)
+    app.name = 'a.bmp'  # as if it had come as one
+    assert app._file()[0] == 'a-enhanced.bmp' and 'no transparency' in text(app)
+
+
 def test_zoom_shows_a_piece_of_the_full_picture(cat):
     app = EnhanceApp(device='cpu', preview=90)
     upload(app, 'a.png', encode_photo(cat, 'a.png'))
@@ -317,6 +338,23 @@ def test_it_does_not_listen_elsewhere_without_a_token(host):
     command = [sys.executable, ROOT / 'tools' / 'app.py', '--host', host, '--no-browser']
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and 'TOKEN=' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    'host, expected',
+    [
+        ('192.168.0.7', 'http://192.168.0.7:9000/?token=a%20b%26c%231'),
+        ('::1', 'http://[::1]:9000/?token=a%20b%26c%231'),
+        ('0.0.0.0', f'http://{socket.gethostname()}:9000/?token=a%20b%26c%231'),
+        ('::', f'http://{socket.gethostname()}:9000/?token=a%20b%26c%231'),
+        ('photos.example', 'http://photos.example:9000/?token=a%20b%26c%231'),
+    ],
+)
+def test_the_address_shown_is_one_that_others_can_open(host, expected):
+    spec = importlib.util.spec_from_file_location('serve_app', ROOT / 'tools' / 'app.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.address(host, 9000, 'a b&c#1') == expected
 
 
 def free_port():

@@ -51,7 +51,7 @@ from enhance_lib.enhance import (
     save_pixels,
     upgrade,
 )
-from enhance_lib.photos import PhotoError, PhotoWarning, open_photo, sample_photo
+from enhance_lib.photos import PhotoError, open_photo, sample_photo, save_photo
 from enhance_lib.workbench import PhotoModel, load_model, published
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='uses signals and limits of Unix')
@@ -1019,6 +1019,10 @@ def test_several_photos_and_folders(folder, capsys):
     [
         ([], 'Name a photo'),
         (['gone.jpg'], 'gone.jpg'),
+        (['fotos'], "no file 'fotos'"),
+        (['fotos', '--out', 'better'], "no file 'fotos'"),
+        (['file'], 'file'),
+        (['gone/' + 300 * 'x' + '.jpg'], 'xxx'),
         (['photos/p00.jpg', '--model', 'srcnn-3x'], 'Did you mean'),
         (['photos/p00.jpg', '--scale', 'large'], '--scale large'),
         (['photos/p00.jpg', '--scale', 'nan'], 'scale of nan'),
@@ -1054,10 +1058,76 @@ def test_list_shows_models_and_scores(capsys):
     assert f'→ {card["scores"]["Set5"]["output"]:.2f} dB' in out
 
 
-def test_warnings_are_sentences(folder, capsys):
+def test_warnings_are_sentences(folder):
     Image.new('RGBA', (20, 20), (9, 9, 9, 0)).save('clear.png')
-    with pytest.warns(PhotoWarning, match='laid on white'):
-        assert call('clear.png', '--out', 'clear.jpg', *FAST) == 0
+    code = 'import sys; from enhance_lib.command_line import enhance; sys.exit(enhance())'
+    flags = ['clear.png', '--out', 'clear.jpg', *FAST]
+    done = subprocess.run([sys.executable, '-c', code, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and 'laid on white' in done.stderr
+    assert (
+        done.stderr.count('\n') == 1 and '.py' not in done.stderr and 'Warning' not in done.stderr
+    )
+
+
+@posix
+def test_a_name_that_can_not_be_printed_stops_nothing(folder):
+    strange = os.fsdecode(b'Z\xfcrich.jpg')
+    try:
+        (folder / 'photos' / 'p00.jpg').rename(folder / 'photos' / strange)
+    except OSError:
+        pytest.skip('this disk takes no such name')
+    code = 'import sys; from enhance_lib.command_line import enhance; sys.exit(enhance())'
+    done = subprocess.run(
+        [sys.executable, '-c', code, f'photos/{strange}', 'photos/p01.jpg', *FAST],
+        capture_output=True,
+        env={**os.environ, 'PYTHONIOENCODING': 'ascii:strict'},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(contents(folder / 'photos')) == 4
+
+
+def test_results_of_a_folder_run_are_not_lost_by_enhancing_them_again(folder, capsys):
+    "What is outdated in the folder is removed before it is made anew: not what it is made from."
+    assert call('photos', '--out', 'better', *FAST) == 0
+    before = contents(folder)
+    capsys.readouterr()
+    again = ('better/p00.jpg', 'better/p01.jpg', '--out', 'better', '--model', 'jpeg-q10')
+    assert call(*again, '--scale', '2') == 2
+    assert 'would be overwritten' in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_a_photo_put_where_one_has_failed_is_somebody_elses(folder, capsys):
+    (folder / 'photos' / 'p00.jpg').write_text('broken')
+    assert call('photos', '--out', 'better', *FAST) == 1
+    make_photos(folder / 'better', 1)
+    before = contents(folder / 'better')
+    for scale in '1', '2':
+        capsys.readouterr()
+        assert call('photos', '--out', 'better', '--model', 'jpeg-q10', '--scale', scale) == 2
+        assert 'p00.jpg' in capsys.readouterr().err
+        assert contents(folder / 'better') == before
+
+
+def test_two_photos_that_would_become_one_file(folder, capsys):
+    photo = open_photo(folder / 'photos' / 'p00.jpg')
+    save_photo(photo, folder / 'a.jpg'), save_photo(photo, folder / 'a.png')
+    assert call('a.jpg', 'a.png', '--format', 'webp', '--overwrite', *FAST) == 1
+    assert 'a.png' in capsys.readouterr().err
+    assert (folder / 'a-enhanced.webp').exists()
+    assert call('a.jpg', 'a.png', '--compare', *FAST) == 1
+    out, err = capsys.readouterr()
+    assert 'a-enhanced-compared.png' in out and 'as another photo did' in err
+    assert not (folder / 'a-enhanced.png').exists()
+
+
+def test_sheets_of_before_and_after_are_no_photos_to_enhance(folder, capsys):
+    assert call('photos/*.jpg', '--compare', *FAST) == 0
+    names = sorted(contents(folder / 'photos'))
+    capsys.readouterr()
+    assert call('photos/*', '--compare', '--overwrite', *FAST) == 0
+    assert sorted(contents(folder / 'photos')) == names
+    assert 'p00-enhanced-compared.png' in capsys.readouterr().err, 'left out without a word'
 
 
 @posix

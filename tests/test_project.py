@@ -319,3 +319,25 @@ def test_exercise_tells_right_from_wrong(path, number, monkeypatch):
     hints.clear()
     right = checked(parts['answer'])
     assert right is True, [getattr(hint, 'data', hint) for hint in hints]
+
+
+def test_the_source_distribution_builds_from_itself(tmp_path):
+    "setup.py reads settings.ini, which has to be in the archive too."
+    names = subprocess.run(
+        ['git', 'ls-files', '*.py', '*.ini', '*.in', '*.toml', 'README.md', 'LICENSE'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    for name in names:
+        (tmp_path / 'copy' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / 'copy' / name)
+    build = [sys.executable, 'setup.py', '-q', 'sdist', '-d', str(tmp_path)]
+    subprocess.run(build, cwd=tmp_path / 'copy', check=True, capture_output=True)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    shutil.unpack_archive(archive, tmp_path / 'again', filter='data')
+    (folder,) = (tmp_path / 'again').iterdir()
+    ask = [sys.executable, 'setup.py', '--version']
+    said = subprocess.run(ask, cwd=folder, capture_output=True, text=True)
+    assert said.stdout.strip().splitlines()[-1:] == [settings()['version']], said.stderr

@@ -3,7 +3,9 @@
 import argparse
 import ipaddress
 import os
+import socket
 import sys
+import urllib.parse
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / 'app'
@@ -17,6 +19,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
+
+
+def address(host: str, port: int, token: str) -> str:
+    "What others type to reach the app."
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        ip = None
+    if ip and ip.is_unspecified:  # every address of this machine
+        host = socket.gethostname()
+    elif ip and ip.version == 6:
+        host = f'[{host}]'
+    return f'http://{host}:{port}/?token={urllib.parse.quote(token, safe="")}'
 
 
 def main():
@@ -41,7 +56,7 @@ def main():
     paths = [str(FOLDER / 'jupyter'), os.environ.get('JUPYTER_PATH', '')]
     os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, paths))
     if options.token:  # Voilà shows the address with dots in its place
-        print(f'The app: http://{options.host}:{options.port}/?token={options.token}', flush=True)
+        print(f'The app: {address(options.host, options.port, options.token)}', flush=True)
     os.chdir(FOLDER)
     os.execv(sys.executable, [sys.executable, '-m', *arguments])
 

@@ -340,12 +340,17 @@ def start_of_app():
         with sync_playwright() as playwright:
             options = {'executable_path': chromium, 'args': ['--no-sandbox', '--disable-gpu']}
             browser = playwright.chromium.launch(**options)
+            end = time.monotonic() + 120
             while len(seconds) < 3:
+                if server.poll() is not None or time.monotonic() > end:
+                    yield what, 'the app did not start', target
+                    return
                 time.sleep(5)  # the visitor before still imports torch
                 page, start = browser.new_page(), time.perf_counter()
                 try:
                     page.goto(f'http://127.0.0.1:{port}')
                 except Exception:  # it does not listen yet
+                    page.close()
                     continue
                 page.get_by_text('Choose a photo').wait_for()
                 seconds.append(time.perf_counter() - start)

@@ -595,7 +595,8 @@ PUBLISHED = {
         'scale': 4,
         'start': 'realtime-x4-any',
         # `pixel`: weight of L1 beside the features; `adversarial`: that of a critic, in a game;
-        # `flat`: share of the steps before the rate begins to fall
+        # `flat`: share of the steps before the rate begins to fall; `share`: how far from the
+        # weights before the round to those of its end lies what is kept
         'rounds': (
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.3, 'epochs': 2, 'lr': 2e-3},
@@ -609,6 +610,10 @@ PUBLISHED = {
             | {'pixel': 0.05, 'epochs': 5, 'lr': 3e-3},
             {'recipe': _mostly(32), 'once': False, **_crops(128, 16, 8)}
             | {'pixel': 0.05, 'epochs': 1, 'lr': 1.5e-3},
+            {'recipe': _mostly(128), 'once': False, **_crops(128, 16, 10)}
+            | {'pixel': 0.02, 'epochs': 8, 'lr': 1e-3},
+            {'recipe': _mostly(128), 'once': False, **_crops(128, 16, 10)}
+            | {'pixel': 0.02, 'epochs': 2, 'lr': 6e-4, 'share': 0.5},
         ),
     },
 }
@@ -627,8 +632,11 @@ def _started(plan):
 
 def _fit(learn, part, path):
     "One round with a loss that stays the same."
-    rates = slice(part['lr'] / 10, part['lr'])
+    before, rates = copy.deepcopy(learn.model), slice(part['lr'] / 10, part['lr'])
     learn.fit_flat_cos(part['epochs'], rates, pct_start=part.get('flat', 0.1), cbs=KeepGoing(path))
+    if 'share' in part:
+        kept = between(before, learn.model, part['share'])
+        learn.model.load_state_dict(kept.state_dict())
     return dict(zip(('loss', 'PSNR'), map(float, learn.validate())))
 
 
@@ -646,7 +654,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 12 to 140 minutes on two CPU cores
+    budget: Budget,  # full takes 12 to 195 minutes on two CPU cores
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."

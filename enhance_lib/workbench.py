@@ -202,13 +202,14 @@ def pair_loaders(
     )
 
 # %% ../nbs/03_workbench.ipynb #49474dd1
-def _named(source, sources):
-    "Enter a photo or path in `sources`, and give the name that its dice are thrown by."
-    name = f'photo {len(sources)}' if isinstance(source, Image.Image) else Path(source).name
-    while name in sources:
-        name += ' again'  # named twice, it is drawn twice
-    sources[name] = source
-    return name
+def _named(photos):
+    "Photos or paths by the name that the dice of each are thrown by."
+    sources, uses = {}, Counter()
+    for i, source in enumerate(photos):
+        name = f'photo {i}' if isinstance(source, Image.Image) else Path(source).name
+        uses[name] += 1  # what is named twice is drawn twice
+        sources[name if uses[name] == 1 else f'{name} ({uses[name]})'] = source
+    return sources
 
 
 def recipe_dls(
@@ -245,8 +246,9 @@ def recipe_dls(
             raise PhotoError(f'{name}: {e}') from e
 
     train, valid = (find_photos(s) if isinstance(s, str | Path) else s for s in (train, valid))
-    sources = {}  # name -> photo or path
-    train, valid = ([_named(p, sources) for p in photos] for photos in (train, valid))
+    sources = _named([*train, *valid])
+    names = list(sources)
+    train, valid = names[: len(train)], names[len(train) :]
     if n_workers:  # they are new in every epoch, so what they would keep is lost: decode before
         for item, source in sources.items():
             whole_pair(item) if once else keep(source)

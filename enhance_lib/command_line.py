@@ -190,6 +190,9 @@ def _target(photo, out, format):
     return out
 
 
+_ENDINGS = '-enhanced', '-enhanced-compared'  # of what is written beside a photo
+
+
 def _named(photos):
     "Paths for what was named: stars are expanded where the shell does not do it (on Windows)."
     from glob import glob
@@ -205,9 +208,6 @@ def _named(photos):
         names = ', '.join(map(str, ours[:5])) + (', …' if len(ours) > 5 else '')
         sys.stderr.write(f'Left out, as results of an earlier run: {names}\n')
     return [photo for photo in found if photo not in ours]
-
-
-_ENDINGS = '-enhanced', '-enhanced-compared'
 
 
 def _original(photo):
@@ -261,9 +261,9 @@ def _enhance_file(photo, target, settings, compare, overwrite, taken):
         except PhotoError:
             open_photo(photo, None)  # where the photo is the mistake, that is said
             raise
-    taken.update((target, compared) if compare else (target,))
     better = enhance(photo, **settings)
     better.save(target)
+    taken.update((target, compared) if compare else (target,))
     sys.stdout.write(f'{target}: {better}\n')
     if compare:
         save_compared(photo, better, compared)

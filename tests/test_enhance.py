@@ -1021,7 +1021,7 @@ def test_several_photos_and_folders(folder, capsys):
         (['gone.jpg'], 'gone.jpg'),
         (['fotos'], "no file 'fotos'"),
         (['fotos', '--out', 'better'], "no file 'fotos'"),
-        (['file'], 'file'),
+        (['file'], "'file' is not a photo"),
         (['gone/' + 300 * 'x' + '.jpg'], 'xxx'),
         (['photos/p00.jpg', '--model', 'srcnn-3x'], 'Did you mean'),
         (['photos/p00.jpg', '--scale', 'large'], '--scale large'),

@@ -595,8 +595,8 @@ PUBLISHED = {
         'scale': 4,
         'start': 'realtime-x4-any',
         # `pixel`: weight of L1 beside the features; `adversarial`: that of a critic, in a game;
-        # `flat`: share of the steps before the rate begins to fall; `share`: how far from the
-        # weights before the round to those of its end lies what is kept
+        # `flat`: share of the steps before the rate begins to fall; kept is what lies
+        # `share` of the way from the weights before the round to those of its end
         'rounds': (
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.3, 'epochs': 2, 'lr': 2e-3},

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'muon', 'BOTH', 'WEB', 'PUBLISHED', 'jpeg_recipe', 'grid_of', 'ConvUnit', 'ImageRestorer', 'start_small',
-           'summed_mse', 'BatchPSNR', 'last_apart', 'restorer_learner', 'kernels_apart', 'psnr_b', 'gray_too',
-           'root_mse', 'log_mse', 'grid_lines', 'DamageEstimator', 'damage', 'LearnDamage', 'BlindRestorer',
-           'train_published']
+           'summed_mse', 'BatchPSNR', 'last_apart', 'restorer_learner', 'kernels_apart', 'luma_steps',
+           'ConstrainedRestorer', 'psnr_b', 'gray_too', 'root_mse', 'log_mse', 'grid_lines', 'DamageEstimator',
+           'damage', 'LearnDamage', 'BlindRestorer', 'train_published']
 
 # %% ../nbs/05_jpeg_restorer.ipynb #ed0c17bf
+import io
 import warnings
 from functools import partial
 from numbers import Integral
@@ -203,6 +204,53 @@ def kernels_apart(
 
 muon = partial(OptimWrapper, opt=Muon, nesterov=True)  # Jordan et al. 2024
 
+# %% ../nbs/05_jpeg_restorer.ipynb #b2d5f7c3
+def _waves():
+    "The waves of an 8×8 cosine transform, (64, 1, 8, 8), the constant one first."
+    k = torch.arange(8.0)
+    wave = torch.cos(torch.pi * (2 * k + 1) * k[:, None] / 16) / 2
+    wave[0] /= 2**0.5
+    return torch.einsum('ui,vj->uvij', wave, wave).reshape(64, 1, 8, 8)
+
+
+def luma_steps(
+    quality: int = 10,  # 1 to 95, as Pillow counts
+) -> torch.Tensor:  # (64, 1, 1), row by row; 1 is the whole range from black to white
+    "Pillow's quantisation table for luma. Raises `PhotoError` for a quality outside 1 to 95."
+    jpeg_recipe(quality)  # says what is not possible
+    file = io.BytesIO()
+    Image.new('L', (8, 8)).save(file, 'JPEG', quality=quality)
+    with Image.open(file) as photo:
+        return torch.tensor(photo.quantization[0]).view(64, 1, 1) / 255
+
+# %% ../nbs/05_jpeg_restorer.ipynb #e5082af6
+class ConstrainedRestorer(ImageRestorer):
+    "An `ImageRestorer` whose luma stays within half a step of what the JPEG says."
+
+    multiple = 8  # whole blocks
+
+    def __init__(
+        self,
+        quality: int = 10,  # of the JPEG: 1 to 95, as Pillow counts
+    ):
+        super().__init__()
+        self.arguments = {'quality': quality}
+        self.register_buffer('steps', luma_steps(quality), persistent=False)
+        self.register_buffer('waves', _waves(), persistent=False)
+        self.register_buffer('mix', torch.tensor([0.299, 0.587, 0.114]), persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, 3, H, W) in [0, 1], sides divisible by 8, a block starts top left
+    ) -> torch.Tensor:  # (N, 3, H, W)
+        "Restore a batch, and bend what moves luma too far."
+        y = super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            moved = torch.einsum('nchw,c->nhw', (y - x).float(), self.mix)[:, None]
+            moved = F.conv2d(moved, self.waves, stride=8) / self.steps
+            too_far = (moved - torch.tanh(2 * moved) / 2) * self.steps
+            return y - F.conv_transpose2d(too_far, self.waves, stride=8)
+
 # %% ../nbs/05_jpeg_restorer.ipynb #963c033a
 def psnr_b(
     prediction: Image.Image,  # of mode L or RGB, its grid of 8×8 blocks starting top left
@@ -303,20 +351,12 @@ def grid_lines(
     return torch.cat(found, 1).clamp(-2, 4)
 
 # %% ../nbs/05_jpeg_restorer.ipynb #ce4389ab
-def _waves():
-    "The waves of an 8×8 cosine transform, (63, 1, 8, 8), without the constant one."
-    k = torch.arange(8.0)
-    wave = torch.cos(torch.pi * (2 * k + 1) * k[:, None] / 16) / 2
-    wave[0] /= 2**0.5
-    return torch.einsum('ui,vj->uvij', wave, wave).reshape(64, 1, 8, 8)[1:]
-
-
 class DamageEstimator(nn.Module):
     "How far a photo is from its original around here, from the strength of waves and lines."
 
     def __init__(self):
         super().__init__()
-        self.register_buffer('waves', _waves(), persistent=False)
+        self.register_buffer('waves', _waves()[1:], persistent=False)  # not the constant
         coarse = [i for i in range(63) if (i + 1) // 8 < 4 and (i + 1) % 8 < 4]
         self.register_buffer('coarse', self.waves[coarse], persistent=False)
         self.net = nn.Sequential(
@@ -475,14 +515,25 @@ def _crops(size, bs, per_photo):
 
 
 # large photos are smooth when you look at each pixel; made smaller, they have more detail
-_SMALLER = (Step('rescale', p=0.6, factor=OneOf(0.9, 0.75, 0.6, 0.45)), *gray_too(0.25)[1:])
-_Q10 = jpeg_recipe(10, before=_SMALLER)
+_SMALLER = Step('rescale', p=0.6, factor=OneOf(0.9, 0.75, 0.6, 0.45))
+
+
+def _q10(gray):
+    "Pairs for quality 10, with this share of gray photos."
+    return jpeg_recipe(10, before=(_SMALLER, *gray_too(gray)[1:]))
+
 
 PUBLISHED = {
     'jpeg-q10': {
         'task': 'jpeg10',
         'rounds': (
-            {'recipe': _Q10, 'loss': root_mse, **_crops(128, 32, 100), 'lr': 4e-3, 'epochs': 4},
+            # the weights that are published knew no constraint in the first two rounds
+            {'recipe': _q10(0.25), 'loss': root_mse, **_crops(128, 32, 100)}
+            | {'lr': 4e-3, 'epochs': 4},
+            {'recipe': _q10(0.7), 'loss': root_mse, **_crops(128, 32, 12)}
+            | {'lr': 1.5e-3, 'epochs': 5, 'flat': 0.4},
+            {'recipe': _q10(0.85), 'loss': root_mse, **_crops(128, 16, 12)}
+            | {'lr': 8e-4, 'epochs': 4, 'flat': 0.3},
         ),
     },
     'jpeg-blind': {
@@ -510,7 +561,7 @@ def train_published(
     valid = sorted(set(photos))[::20]
     train = [p for p in photos if p not in valid]
 
-    model, history = ImageRestorer(), []
+    model, history = ConstrainedRestorer(), []
     if 'start' in plan:
         model = BlindRestorer().start_from(load_model(plan['start']))
     short = ({**plan['rounds'][0], **_crops(32, 8, budget(1, 4, 4)), 'epochs': budget(1, 3, 3)},)
@@ -525,7 +576,8 @@ def train_published(
         if 'start' in plan:
             callbacks.append(LearnDamage())
         rates = slice(part['lr'] / 10, part['lr'])
-        learn.fit_flat_cos(part['epochs'], rates, pct_start=0.1, cbs=callbacks)
+        flat = part.get('flat', 0.1)  # this share of the steps, before the rate falls
+        learn.fit_flat_cos(part['epochs'], rates, pct_start=flat, cbs=callbacks)
         names = ('loss', *(m.name for m in learn.metrics))
         history.append({'epochs': part['epochs'], **dict(zip(names, map(float, learn.validate())))})
     return learn.model, history

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import runpy
 import socket
 import sys
 import urllib.parse
@@ -58,7 +59,9 @@ def main():
     if options.token:  # Voilà shows the address with dots in its place
         print(f'The app: {address(options.host, options.port, options.token)}', flush=True)
     os.chdir(FOLDER)
-    os.execv(sys.executable, [sys.executable, '-m', *arguments])
+    # as `python -m voila`, but in this process: what Windows calls exec loses terminal and spaces
+    sys.argv, sys.path[0] = arguments, str(FOLDER)
+    runpy.run_module('voila', run_name='__main__', alter_sys=True)
 
 
 if __name__ == '__main__':

@@ -625,6 +625,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'enhance_lib/workbench.py'),
                                        'enhance_lib.workbench._channels_last': ( 'workbench.html#_channels_last',
                                                                                  'enhance_lib/workbench.py'),
+                                       'enhance_lib.workbench._even_boxes': ('workbench.html#_even_boxes', 'enhance_lib/workbench.py'),
                                        'enhance_lib.workbench._find_class': ('workbench.html#_find_class', 'enhance_lib/workbench.py'),
                                        'enhance_lib.workbench._find_weights': ('workbench.html#_find_weights', 'enhance_lib/workbench.py'),
                                        'enhance_lib.workbench._first_line': ('workbench.html#_first_line', 'enhance_lib/workbench.py'),

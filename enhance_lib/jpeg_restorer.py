@@ -102,7 +102,7 @@ class ImageRestorer(PhotoModel):
     "Three units of 128, 64 and 32 feature maps, and back to colours: 313,066 parameters."
 
     margin = 8  # how far it sees: a pixel for each of six 3×3 kernels, two for the 5×5
-    tile = 256
+    tile = 344  # 128 maps of more are over 32 MiB, for which Linux clears new memory each time
     memory = 1100
 
     def __init__(
@@ -236,8 +236,9 @@ class ConstrainedRestorer(ImageRestorer):
         super().__init__()
         self.arguments = {'quality': quality}
         self.register_buffer('steps', luma_steps(quality), persistent=False)
-        self.register_buffer('waves', _waves(), persistent=False)
-        self.register_buffer('mix', torch.tensor([0.299, 0.587, 0.114]), persistent=False)
+        self.register_buffer('waves', _waves().view(64, 64, 1, 1), persistent=False)
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        self.register_buffer('luma', luma, persistent=False)
 
     def forward(
         self,
@@ -246,10 +247,11 @@ class ConstrainedRestorer(ImageRestorer):
         "Restore a batch, and bend what moves luma too far."
         y = super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            moved = torch.einsum('nchw,c->nhw', (y - x).float(), self.mix)[:, None]
-            moved = F.conv2d(moved, self.waves, stride=8) / self.steps
+            blocks = F.pixel_unshuffle(F.conv2d((y - x).float(), self.luma), 8)
+            moved = F.conv2d(blocks, self.waves) / self.steps
             too_far = (moved - torch.tanh(2 * moved) / 2) * self.steps
-            return y - F.conv_transpose2d(too_far, self.waves, stride=8)
+            # the waves are orthogonal and of length 1, so their transpose adds them up again
+            return y - F.pixel_shuffle(F.conv2d(too_far, self.waves.transpose(0, 1)), 8)
 
 # %% ../nbs/05_jpeg_restorer.ipynb #963c033a
 def psnr_b(

@@ -39,7 +39,6 @@ from enhance_lib.photos import (
     kept_info,
     open_photo,
     read_table,
-    tile_boxes,
     write_atomically,
 )
 
@@ -564,6 +563,17 @@ def infer(
     )
 
 # %% ../nbs/03_workbench.ipynb #0ad4ef81
+def _even_boxes(width, height, most, multiple):
+    "As few tiles as sides of at most `most` allow, of nearly one size, on the grid."
+
+    def sides(length):
+        side = -(-length // -(-length // most))  # rounded up
+        side = -(-side // multiple) * multiple
+        return [(start, min(start + side, length)) for start in range(0, length, side)]
+
+    return [(x0, y0, x1, y1) for y0, y1 in sides(height) for x0, x1 in sides(width)]
+
+
 @patch
 def predict(
     self: PhotoModel,
@@ -581,7 +591,7 @@ def predict(
     self.eval()
     try:
         with torch.inference_mode():
-            for box in tile_boxes(*photo.size, self.tile, 0):
+            for box in _even_boxes(*photo.size, self.tile, self.multiple):
                 left, top, right, bottom = grown_box(box, self.margin, self.multiple, *photo.size)
                 x = to_tensor(colours.crop((left, top, right, bottom))).to(device)
                 part = to_photo(self.infer(x, fast))

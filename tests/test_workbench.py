@@ -1936,6 +1936,30 @@ def test_outer_boxes_lie_on_the_grid(width, height, tile, margin, multiple):
             assert to - from_ <= tile + 2 * margin + 2 * multiple
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 99), st.integers(1, 99), st.integers(1, 40), st.integers(1, 16))
+@example(40, 32, 39, 1)
+def test_a_photo_is_cut_into_few_tiles_of_about_one_size(width, height, most, multiple):
+    "Each pixel lies in one tile; 40 pixels are cut in two halves, not in 39 and one."
+    boxes = workbench._even_boxes(width, height, most, multiple)
+    covered = np.zeros((height, width), int)
+    for left, top, right, bottom in boxes:
+        covered[top:bottom, left:right] += 1
+        assert left % multiple == top % multiple == 0
+        assert max(right - left, bottom - top) < most + multiple
+    assert (covered == 1).all()
+    assert len(boxes) <= -(-width // most) * -(-height // most)
+
+
+def test_the_tiles_of_a_megapixel():
+    "By hand: 1155 = 4 · 289 - 1 and 866 = 3 · 289 - 1; on a grid of 8, 296."
+    for multiple, side, right, bottom in ((1, 289, 288, 288), (8, 296, 267, 274)):
+        boxes = workbench._even_boxes(1155, 866, 344, multiple)
+        assert boxes[0] == (0, 0, side, side) and len(boxes) == 4 * 3
+        left, top, *end = boxes[-1]
+        assert end == [1155, 866] and (1155 - left, 866 - top) == (right, bottom)
+
+
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_the_network_predicts_in_eval_mode_and_goes_back(mode):
     seen = []

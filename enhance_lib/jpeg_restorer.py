@@ -102,7 +102,7 @@ class ImageRestorer(PhotoModel):
     "Three units of 128, 64 and 32 feature maps, and back to colours: 313,066 parameters."
 
     margin = 8  # how far it sees: a pixel for each of six 3×3 kernels, two for the 5×5
-    tile = 344  # 128 maps of more are over 32 MiB, for which Linux clears new memory each time
+    tile = 344  # 128 maps of more pass 32 MiB in half: Linux clears those anew each time
     memory = 1100
 
     def __init__(
@@ -227,7 +227,7 @@ def luma_steps(
 class ConstrainedRestorer(ImageRestorer):
     "An `ImageRestorer` whose luma stays within half a step of what the JPEG says."
 
-    multiple = 8  # whole blocks
+    multiple = 8  # whole blocks, so that the margin of 8 is enough, though a block's waves see 15
 
     def __init__(
         self,
@@ -441,7 +441,7 @@ class BlindRestorer(PhotoModel):
     def start_from(
         self,
         restorer: ImageRestorer,  # trained
-    ) -> 'BlindRestorer':  # this network, doing just what `restorer` does
+    ) -> 'BlindRestorer':  # this network, doing just what `restorer` does, without a constraint
         "Take weights over; those for all that guides it become zero."
         wider = self.body[0][0].weight.detach().clone().zero_()
         wider[:, :3] = restorer.body[0][0].weight.detach()
@@ -552,7 +552,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 6 minutes on an H200 GPU with 10 workers, half a day on a CPU
+    budget: Budget,  # full: its long round takes 6 minutes on an H200 GPU, half a day on a CPU
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and by round: epochs, loss, and dB in and out
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."

@@ -843,11 +843,14 @@ def crappify_folder(
     seed: int = 0,  # another seed or recipe in the same folder: its photos are made anew
     size: int | None = None,  # cut a square of this side, in pixels, out of each photo first
     good_path: str | Path | None = None,  # where the good halves go, if they change too
-    format: str | None = None,  # save all as 'png', 'jpg', …; by default as the photo was
+    format: str | None = None,  # save all as 'png', …; by default as the photo was: see below
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
-    "Crappify a folder: each photo by the seed and its name alone. Raises `PhotoError`."
+    """Crappify a folder: each photo by the seed and its name alone. Raises `PhotoError`.
+
+    Saved as JPEG or GIF, a bad photo gets some damage more, which no recipe drew: use PNG.
+    """
     recipe = get_recipe(recipe)
     # impossible settings are refused before anything is read or written
     if seed is None:

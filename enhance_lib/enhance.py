@@ -41,7 +41,14 @@ from enhance_lib.photos import (
     write_atomically,
 )
 from .realtime import MAX_PIXELS
-from .workbench import PhotoModel, grown_box, load_model, pick_device, published
+from enhance_lib.workbench import (
+    PhotoModel,
+    even_boxes,
+    grown_box,
+    load_model,
+    pick_device,
+    published,
+)
 
 # %% ../nbs/10_enhance.ipynb #b6e72bd0
 _UPRIGHT = {  # EXIF orientation -> what turns an array (H, W, C) upright
@@ -314,6 +321,12 @@ def find_scale_factor(
     return min(512 / w, 512 / h)
 
 # %% ../nbs/10_enhance.ipynb #239d3798
+def _auto_scale(photo):
+    "What `find_scale_factor` says; 1 where that is so little more that it is not worth it."
+    scale = find_scale_factor(photo)
+    return 1 if scale < 1.25 else scale
+
+
 @dataclass
 class Look:
     "What `look` found out about a photo."
@@ -330,16 +343,16 @@ def look(
     quality: int | None = None,  # from `jpeg_quality`, which needs the file
 ) -> Look:
     "Look at a photo before anything is done to it."
-    scale = find_scale_factor(photo)
-    scale = 1 if scale < 1.25 else scale  # so little more is not worth being drawn anew
-    return Look(scale, quality, noise_level(photo), detail_share(photo), flat_share(photo))
+    return Look(
+        _auto_scale(photo), quality, noise_level(photo), detail_share(photo), flat_share(photo)
+    )
 
 
 @dataclass
 class Plan:
     "What is done to a photo, in this order."
 
-    clean: str | None  # a model that mends it at its size, or None
+    clean: str | PhotoModel | None  # a model that mends it at its size, or None
     shrink: int  # make it this many times smaller per side: it has no more detail than that
     model: str | PhotoModel | None  # what enhances it, or None
     level: int  # rounds of that; without it, of cleaning
@@ -412,14 +425,14 @@ def _rounded(values, dtype):
 
 
 def _tiled(model, pixels, device, tile, overlap, on_tile):
-    "What `run_tiles` does with tiles of one size."
+    "What `run_tiles` does with tiles of at most one size."
     height, width, n_channels = pixels.shape
     scale, reach = model.scale, -(-overlap // 2)
     dead = min(model.margin, reach)
     fade = 2 * (reach - dead)
     n_in = n_channels if model.gray else 3
     out = np.empty((height * scale, width * scale, n_channels), pixels.dtype)
-    boxes = tile_boxes(width, height, tile, 0)
+    boxes = even_boxes(width, height, tile, model.multiple)
     done, n_done = 0, 0  # rows of `out`, and tiles
     # of the rows from `done` on: sums of what tiles say (n_channels), and of their weights (1)
     sums = torch.zeros(n_channels + 1, 0, width * scale)
@@ -763,13 +776,18 @@ def plan_for(
     if model is None:
         return choose(look(photo, quality), scale, level)
     model = _model(model)
-    scale, rounds = find_scale_factor(photo) if scale is None else scale, 1
+    scale, rounds = _auto_scale(photo) if scale is None else scale, 1
     if model.scale > 1 and scale > 1:
         rounds = math.ceil(math.log(scale, model.scale) - 1e-9)
-    name = getattr(model, 'card', {}).get('name', type(model).__name__)
-    rounds = level or rounds
-    why = f'{_made(scale, name)}, as asked' + (f'; {rounds} rounds' if rounds > 1 else '')
-    return Plan(None, 1, model, rounds, scale, why)
+    card = getattr(model, 'card', {})
+    name, rounds = card.get('name', type(model).__name__), level or rounds
+    clean, why = None, _made(scale, name)
+    if model.scale == 1 and 'jpeg' in str(card.get('task')):
+        # at its own size: a JPEG that was stretched has blocks that no restorer has seen
+        clean, model, why = model, None, f'cleaned with {name}'
+        why += f'; {_made(scale, None)}' if scale != 1 else ''
+    why = f'{why}, as asked' + (f'; {rounds} rounds' if rounds > 1 else '')
+    return Plan(clean, 1, model, rounds, scale, why)
 
 
 def _bar(shown):

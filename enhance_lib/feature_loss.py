@@ -35,6 +35,8 @@ def feature_extractor(
     weights: str | Path | None = None,  # a file, or 'random'; by default from the web
 ) -> nn.Module:  # frozen: x (N, 3, H, W) in [0, 1] to a list of features
     "A network to compare photos with. Raises `PhotoError` if there is no such network or layer."
+    if layers is not None and list(layers) != sorted(set(layers)):  # the features come so
+        raise PhotoError(f'Layers go from shallow to deep, each once, not {layers}.')
     if network not in LAYERS:
         return _from_timm(network, layers, before_activation, weights)
     named_in = '`weights`'
@@ -118,7 +120,12 @@ class FeatureLoss(nn.Module):
     def __init__(
         self,
         net: nn.Module | None = None,  # from `feature_extractor`, by default `feature_extractor()`
-        features: tuple = (0.005, 0.002, 0.002, 0.016),  # weight of the features of each layer
+        features: tuple = (
+            0.005,
+            0.002,
+            0.002,
+            0.016,
+        ),  # of the features of each layer; without one it is left out
         gram: tuple = (0.01, 0.01, 0.03, 3.0),  # weight of the Gram matrix of each layer
         pixel: float = 1.0,  # weight of the pixels
         size: int | None = None,  # side in pixels to which photos are resized for the network

@@ -320,7 +320,7 @@ def log_mse(
 
 # %% ../nbs/05_jpeg_restorer.ipynb #2ea79076
 def _jumps(y):
-    "By how much the step to each column exceeds the mean slope on its two sides, (N, 1, H, W)."
+    "How far the step to each column is from the mean slope on its two sides, (N, 1, H, W)."
     width = y.shape[3]
     a, b, c, d = (F.pad(y, (2, 1, 0, 0), mode='replicate')[..., i : i + width] for i in range(4))
     return ((c - b) - ((b - a) + (d - c)) / 2).abs().clamp(max=0.1)  # edges of things jump more

@@ -299,7 +299,7 @@ def load_pretrained(
     weights: str | Path,  # 'download', 'random', or a file in torchvision's layout
     named_in: str = '`weights`',  # where a file can be named, for the error
 ) -> nn.Module:  # the whole network
-    "A network trained on ImageNet; no pickle is run. Raises `PhotoError` if it can't be had."
+    "A network trained on ImageNet, read as weights only. Raises `PhotoError` if it can't be had."
     from torchvision.models import get_model, get_model_weights
 
     # made outside of any inference_mode, or else no loss could ever be built on it; and

@@ -197,8 +197,11 @@ def _eight_bits(image, name):
         pixels = np.asarray(image)
         if image.mode == 'F' or pixels.min() < 0 or pixels.max() > 65535:
             raise _unknown_range(image, name)
-        info = image.info
+        info = dict(image.info)
+        clear = info.pop('transparency', None)  # of a PNG: one of the 16-bit levels
         image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8)))
         image.info = info
     return image
 
@@ -379,6 +382,8 @@ def write_atomically(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())  # on the disk before its name is, in case the power goes
         os.replace(temporary, path)
     except OSError as e:
         what = e.strerror or f'{type(e).__name__}: {e}'
@@ -537,7 +542,8 @@ def read_table(
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, dtype={'fnames': str}, encoding_errors='surrogateescape')
+        options = {'dtype': {'fnames': str}, 'encoding_errors': 'surrogateescape'}
+        table = pd.read_csv(path, compression=None, **options)  # text, whatever its name
     except FileNotFoundError:
         raise PhotoError(f"There is no table '{path}'.") from None
     except (ValueError, OSError) as e:

@@ -36,6 +36,7 @@ from enhance_lib.workbench import (
     Order,
     PhotoModel,
     autocast,
+    half_dtype,
     load_checkpoint,
     pair_loaders,
     recipe_dls,
@@ -120,6 +121,11 @@ def write_sheets(
     written = 0
     for name, photo in photos.items():
         bad, good = get_recipe(recipe).pair(photo, 0, name)
+        if bad.size != good.size:
+            raise PhotoError(
+                f'{name}: bad is {bad.width}×{bad.height} and good {good.width}×{good.height}, but '
+                'the halves of a sheet are equally large.'
+            )
         for (box, g), (_, b) in zip(cut_tiles(good, tile, 0), cut_tiles(bad, tile, 0)):
             save_photo(make_sheet(g, b), Path(folder) / f'{name}-{box[0]}-{box[1]}.png')
             written += 1
@@ -216,7 +222,8 @@ def fit(
         losses = []
         for batch in dls.train:
             x, y = luma_pair(*batch)
-            with autocast(device):
+            # not float16: in it, gradients of a mean over so many pixels would round to zero
+            with autocast(device, half_dtype(device) == torch.bfloat16):
                 prediction = model(x.contiguous(memory_format=torch.channels_last), pad=0)
             loss = F.mse_loss(prediction.float(), shaved(y, 6))
             optimiser.zero_grad()

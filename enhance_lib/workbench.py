@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TURNS', 'pick_device', 'half_dtype', 'autocast', 'PhotoCache', 'crop_pair', 'Pairs', 'pair_loaders', 'recipe_dls',
            'bad_versions', 'folder_dls', 'AutocastCPU', 'half_precision', 'random_states', 'set_random_states', 'Order',
-           'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'grown_box', 'save_weights', 'published',
-           'load_model']
+           'save_checkpoint', 'load_checkpoint', 'KeepGoing', 'PhotoModel', 'grown_box', 'even_boxes', 'save_weights',
+           'published', 'load_model']
 
 # %% ../nbs/03_workbench.ipynb #50501b0f
 import copy
@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,9 @@ def autocast(
     enabled: bool = True,  # False: stay in float32
 ):  # a context manager
     "Compute in `half_dtype` inside a `with`, where the device has one."
-    dtype = half_dtype(device) if enabled else None
+    if not enabled:  # also inside of another `with`
+        return torch.autocast(device.type, enabled=False)
+    dtype = half_dtype(device)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 # %% ../nbs/03_workbench.ipynb #89103aae
@@ -563,13 +566,20 @@ def infer(
     )
 
 # %% ../nbs/03_workbench.ipynb #0ad4ef81
-def _even_boxes(width, height, most, multiple):
-    "As few tiles as sides of at most `most` allow, of nearly one size, on the grid."
+def even_boxes(
+    width: int,  # of the photo, in pixels
+    height: int,  # the same
+    most: int,  # side of a tile, at most (rounded up to the grid), in pixels
+    multiple: int = 1,  # of what left and top are multiples
+) -> list[tuple]:  # (left, top, right, bottom) of each tile, row by row
+    "Where to cut a photo into as few tiles as that allows, side by side, of nearly one size."
+    if most < 1 or multiple < 1:
+        raise PhotoError(f'Tiles of {most} pixels on a grid of {multiple} are not possible.')
 
     def sides(length):
-        side = -(-length // -(-length // most))  # rounded up
-        side = -(-side // multiple) * multiple
-        return [(start, min(start + side, length)) for start in range(0, length, side)]
+        n_tiles, n_steps = -(-length // most), -(-length // multiple)  # rounded up
+        cuts = [min(n_steps * i // n_tiles * multiple, length) for i in range(n_tiles + 1)]
+        return [(start, end) for start, end in pairwise(cuts) if start < end]
 
     return [(x0, y0, x1, y1) for y0, y1 in sides(height) for x0, x1 in sides(width)]
 
@@ -591,7 +601,7 @@ def predict(
     self.eval()
     try:
         with torch.inference_mode():
-            for box in _even_boxes(*photo.size, self.tile, self.multiple):
+            for box in even_boxes(*photo.size, self.tile, self.multiple):
                 left, top, right, bottom = grown_box(box, self.margin, self.multiple, *photo.size)
                 x = to_tensor(colours.crop((left, top, right, bottom))).to(device)
                 part = to_photo(self.infer(x, fast))

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import enhance_lib.enhance as module
 from enhance_lib import command_line
+from enhance_lib.crappify import jpeg
 from enhance_lib.enhance import (
     Look,
     Plan,
@@ -583,6 +584,34 @@ def test_a_model_by_name_is_used_once_at_its_scale(cat):
     expected = np.asarray(load_model('srcnn-x2').predict(cat)).astype(int)
     assert np.abs(by_name - expected).max() <= 1
     assert 'srcnn-x2, as asked' in enhance(cat, 'srcnn-x2', 2).plan.why
+
+
+@pytest.mark.parametrize(('scale', 'level'), [('auto', None), (2, 3), (0.5, None)])
+def test_a_restorer_of_jpeg_works_before_its_grid_is_stretched(cat, scale, level, in_float32):
+    bad = jpeg(cat, quality=10)
+    better = enhance(bad, 'jpeg-q10', scale, level)
+    by_hand, model = bad, load_model('jpeg-q10')
+    for _ in range(level or 1):
+        by_hand = model.predict(by_hand, fast=False)
+    by_hand = by_hand.resize(better.photo.size, Image.Resampling.LANCZOS)
+    assert better.photo.size == tuple(round(better.plan.scale * side) for side in cat.size)
+    assert np.abs(np.asarray(better.photo).astype(int) - np.asarray(by_hand)).max() <= 1
+    assert better.plan.why.startswith('cleaned with jpeg-q10; made ')
+
+
+def test_another_model_of_one_size_works_on_what_was_enlarged(cat):
+    "As in Image 2.0, whose networks have learned to sharpen that."
+    model = Same()
+    enhance(cat, model, 2, 2)
+    heights = [size[0] for size in model.sizes]
+    assert len(heights) == 2 and heights[0] < heights[1] == 2 * cat.height
+
+
+def test_so_little_more_is_not_worth_it():
+    "512 / 480 is 1.07: it stays as it is, whoever chooses the model."
+    photo = Image.new('RGB', (480, 360), 'gray')
+    for model in (None, 'jpeg-q10', 'srcnn-x2'):
+        assert enhance(photo, model).photo.size == photo.size
 
 
 def test_level_is_the_number_of_rounds(cat):

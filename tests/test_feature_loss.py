@@ -312,6 +312,9 @@ def test_the_environment_names_the_weights_of_squeezenet_only(tmp_path, monkeypa
         (('squeezenet1_1', (-1,)), 'layers 0 to 12'),
         (('squeezenet1_1', (1.5,)), 'layers 0 to 12'),
         (('squeezenet1_1', ()), 'layers 0 to 12'),
+        (('squeezenet1_1', (12, 1)), 'shallow to deep'),
+        (('squeezenet1_1', (4, 4)), 'each once'),
+        (('resnet10t', (3, 1)), 'shallow to deep'),
         (('squeezenet1_1', (4,), True), 'Layer 4.*Fire'),
         (('vgg16', (2,), True), 'Layer 2.*Conv2d'),
         (('resnet10t', None, True), 'before_activation'),
@@ -320,8 +323,8 @@ def test_the_environment_names_the_weights_of_squeezenet_only(tmp_path, monkeypa
     ],
 )
 def test_a_network_or_layer_that_is_not_there(arguments, words):
-    before = (False,) if len(arguments) == 2 else (None, False)[-2 + len(arguments) :]
-    options = dict(zip(('network', 'layers', 'before_activation'), (*arguments, *before)))
+    left = (None, False)[len(arguments) - 1 :]
+    options = dict(zip(('network', 'layers', 'before_activation'), (*arguments, *left)))
     with pytest.raises(PhotoError, match=words):
         feature_extractor(**options, weights='random')
 

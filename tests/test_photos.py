@@ -449,6 +449,13 @@ def test_16_bit_gray_rounds():
 def test_16_bit_gray_with_one_transparent():
     data = png(2, 1, 16, 0, [struct.pack('>2H', 257 * 7, 65535)], tRNS=struct.pack('>H', 65535))
     assert pixels(open_photo(data, None)) == [[[7, 255], [255, 0]]]
+    # the low byte of 256 is that of black, and 30001 is not the level that is named
+    for clear in (256, 30000):
+        row = struct.pack('>3H', 0, clear, 30001)
+        data = png(3, 1, 16, 0, [row], tRNS=struct.pack('>H', clear))
+        levels = pixels(open_photo(data, None))[0]
+        assert levels == [[0, 255], [round(clear / 257), 0], [117, 255]]
+    assert open_photo(data).info.get('transparency') is None
 
 
 @pytest.mark.parametrize('bands, colour', [(3, 2), (4, 6)])
@@ -1116,6 +1123,12 @@ def test_bad_table(tmp_path, folder, text, words):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with refused('table.csv', *words):
         read_table(path, folder)
+
+
+def test_a_table_is_text_whatever_its_name(tmp_path, folder):
+    path = tmp_path / 'table.csv.gz'
+    table = write_table(folder, path)
+    assert read_table(path, folder).equals(table)
 
 
 @pytest.mark.parametrize('yes, no', [('True', 'False'), ('true', 'FALSE'), ('1', '0')])

@@ -116,6 +116,13 @@ def test_an_untrained_residual_of_zero_is_bicubic():
 # Pairs
 
 
+def test_a_sheet_wants_two_of_one_size(tmp_path):
+    "Or else `bad` would be cut at other places than `good`, without a word."
+    with pytest.raises(PhotoError, match='cat: bad is 225×150 and good 450×300'):
+        write_sheets({'cat': sample_photo('cat')}, tmp_path, TASKS['x2'])
+    assert not list(tmp_path.iterdir())
+
+
 def test_sheets_hold_good_left_and_bad_right(tmp_path):
     cat = sample_photo('cat')
     assert write_sheets({'cat': cat}, tmp_path) == 64  # 1024×1024 in tiles of 128×128

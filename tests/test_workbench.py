@@ -223,6 +223,8 @@ def test_autocast_computes_in_half_only_inside(monkeypatch):
     with autocast(CPU, enabled=False):
         assert (x @ x).dtype == torch.float32
     assert (x @ x).dtype == torch.float32
+    with torch.autocast('cpu', torch.bfloat16), autocast(CPU, enabled=False):
+        assert (x @ x).dtype == torch.float32
     pretend_cpu(monkeypatch)
     with autocast(CPU):
         assert (x @ x).dtype == torch.float32
@@ -1941,23 +1943,31 @@ def test_outer_boxes_lie_on_the_grid(width, height, tile, margin, multiple):
 @example(40, 32, 39, 1)
 def test_a_photo_is_cut_into_few_tiles_of_about_one_size(width, height, most, multiple):
     "Each pixel lies in one tile; 40 pixels are cut in two halves, not in 39 and one."
-    boxes = workbench._even_boxes(width, height, most, multiple)
+    boxes = workbench.even_boxes(width, height, most, multiple)
     covered = np.zeros((height, width), int)
     for left, top, right, bottom in boxes:
         covered[top:bottom, left:right] += 1
         assert left % multiple == top % multiple == 0
         assert max(right - left, bottom - top) < most + multiple
+    for sides in ([r - l for l, _, r, _ in boxes], [b - t for _, t, _, b in boxes]):
+        assert max(sides) - min(sides) < 2 * multiple  # none is a mere strip
     assert (covered == 1).all()
     assert len(boxes) <= -(-width // most) * -(-height // most)
 
 
 def test_the_tiles_of_a_megapixel():
-    "By hand: 1155 = 4 · 289 - 1 and 866 = 3 · 289 - 1; on a grid of 8, 296."
-    for multiple, side, right, bottom in ((1, 289, 288, 288), (8, 296, 267, 274)):
-        boxes = workbench._even_boxes(1155, 866, 344, multiple)
-        assert boxes[0] == (0, 0, side, side) and len(boxes) == 4 * 3
+    "By hand: 1155 = 288 + 3 · 289 and 866 = 288 + 2 · 289; on a grid of 8, 145 and 109 steps."
+    for multiple, right, bottom in ((1, 289, 289), (8, 1155 - 3 * 288, 866 - 2 * 288)):
+        boxes = workbench.even_boxes(1155, 866, 344, multiple)
+        assert boxes[0] == (0, 0, 288, 288) and len(boxes) == 4 * 3
         left, top, *end = boxes[-1]
         assert end == [1155, 866] and (1155 - left, 866 - top) == (right, bottom)
+
+
+@pytest.mark.parametrize(('most', 'multiple'), [(0, 1), (-3, 1), (8, 0)])
+def test_impossible_tiles(most, multiple):
+    with pytest.raises(PhotoError, match='not possible'):
+        workbench.even_boxes(9, 9, most, multiple)
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])

@@ -153,13 +153,14 @@ def _shuffled(factor):
 # %% ../nbs/09_realtime.ipynb #10c85a9b
 def output_speed(
     model: PhotoModel,  # whose output is measured
-    width: int = 1920,  # of the output, in pixels
+    width: int = 1920,  # of the output, in pixels; what the scale does not divide is left out
     height: int = 1080,
     device=None,  # by default the fastest here
     repeats: int = 10,  # runs after those to warm up; the fastest counts
 ) -> dict:  # frames/s and MP/s, of the output
     "How fast a network runs on what is in memory already, in half precision where that is faster."
     device = pick_device(device)
+    width, height = (side // model.scale * model.scale for side in (width, height))
     model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)
     x = torch.rand(1, 3, height // model.scale, width // model.scale, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -171,16 +172,20 @@ def output_speed(
 
 def _seconds(run, device):
     "How long a call takes, until its result is there."
-    if device.type != 'cuda':
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000
+    wait = torch.mps.synchronize if device.type == 'mps' else lambda: None
+    wait()
+    start = time.perf_counter()
     run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    wait()
+    return time.perf_counter() - start
 
 # %% ../nbs/09_realtime.ipynb #e293d8a8
 def fold_batch_norm(
@@ -532,7 +537,7 @@ def enhance_image(
     if photo.width * photo.height * scale**2 > max_pixels:
         raise PhotoError(
             f'The result would have {photo.width * scale}×{photo.height * scale} pixels, more than '
-            f'{max_pixels / 1e6:.0f} million. Cut the photo, or allow more with max_pixels.'
+            f'{max_pixels / 1e6:.4g} million. Cut the photo, or allow more with max_pixels.'
         )
     better = model.predict(photo, device)
     if sr_path is not None:
@@ -555,7 +560,9 @@ def _any_size(recipe):
 
 def _mostly(weight):
     "Any way, but bicubic with antialiasing, as most photos of the web, so many times as often."
-    return _any_size(made_small('any', weights=(1, 1, 1, 1, weight)))
+    recipe = _any_size(made_small('any', weights=(1, 1, 1, 1, weight)))
+    often = f'bicubic with antialiasing {weight} times as often as each other way'
+    return replace(recipe, about=f'4 times smaller, {often}')
 
 
 PUBLISHED = {

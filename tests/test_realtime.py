@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 import enhance_lib.realtime as module
 from enhance_lib.feature_loss import FeatureLoss
-from enhance_lib.measure import WEIGHTS, FeatureNet, read_card, to_tensor
+from enhance_lib.measure import (
+    WEIGHTS,
+    FeatureNet,
+    bench_pairs,
+    feature_distance,
+    feature_net,
+    read_card,
+    to_tensor,
+)
 from enhance_lib.photos import Budget, PhotoError, open_photo, sample_photo, save_photo
 from enhance_lib.realtime import (
     PUBLISHED,
@@ -200,10 +208,23 @@ def test_folding_batch_norm_changes_nothing(options):
         torch.testing.assert_close(fresh(x), folded(x))
 
 
-def test_speed_is_counted_in_output():
-    "Frames of 64×32 pixels."
-    found = output_speed(RealtimeSR(4, 1), 64, 32, 'cpu', repeats=1)
-    assert found['MP/s'] == pytest.approx(found['frames/s'] * 64 * 32 / 1e6)
+def test_speed_is_counted_in_output(monkeypatch):
+    "Frames of 64×32 pixels in half a second each; what the scale does not divide is left out."
+    sizes = []
+
+    class Sized(RealtimeSR):
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return super().forward(x)
+
+    def seconds(run, device):
+        run()
+        return 0.5
+
+    monkeypatch.setattr(module, '_seconds', seconds)
+    found = output_speed(Sized(4, 1), 66, 34, 'cpu', repeats=1)
+    assert set(sizes) == {(1, 3, 8, 16)}
+    assert found == {'frames/s': 2, 'MP/s': pytest.approx(2 * 64 * 32 / 1e6)}
 
 
 # Made small in some way
@@ -251,9 +272,17 @@ def test_an_unknown_way_is_refused():
 
 
 def test_comparing_ways_measures_bicubic_rightly():
-    "Bicubic beside a network that is bicubic: the same, in every row, up to rounding."
-    table = compare_ways({'untrained': RealtimeSR(2, 1)}, [sample_photo('cat')], 2)
+    "By hand: luma of BT.601 in 16 to 235, two pixels shaved; and a network that is bicubic."
+    cat = sample_photo('cat')
+    table = compare_ways({'untrained': RealtimeSR(2, 1)}, [cat], 2)
     assert list(table.index) == [*WAYS, 'mean']
+    good = cat.crop((0, 0, cat.width // 2 * 2, cat.height // 2 * 2))
+    for way, (kernel, antialias) in WAYS.items():
+        large = made_small(way, 2)(cat).resize(good.size, Image.Resampling.BICUBIC)
+        a, b = (np.asarray(p, float)[2:-2, 2:-2] for p in (large, good))
+        off = (a - b) @ [65.481 / 255, 128.553 / 255, 24.966 / 255]
+        expected = 10 * math.log10(255**2 / (off**2).mean())
+        assert table.loc[way, 'bicubic'] == pytest.approx(expected, abs=0.01), (kernel, antialias)
     assert table['untrained'].to_numpy() == pytest.approx(table['bicubic'].to_numpy(), abs=0.05)
     assert table.loc['mean', 'bicubic'] == pytest.approx(table['bicubic'][:-1].mean())
 
@@ -571,7 +600,7 @@ def test_what_is_no_photo(tiny, tmp_path):
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_every_round_of_the_published_training_runs(name, content, tmp_path, monkeypatch):
-    "At the smallest budget; each leaves its checkpoint, and does not begin again from there."
+    "At the smallest budget; each leaves its checkpoint, and a second call takes no step more."
     paths = [save_photo(p, tmp_path / f'{i}.png') for i, p in enumerate(pieces(5, 160))]
     monkeypatch.setattr(module, 'load_model', lambda name: RealtimeSR(4, 1))
     monkeypatch.setattr(module, 'RealtimeSR', lambda scale: RealtimeSR(scale, 1))
@@ -583,8 +612,46 @@ def test_every_round_of_the_published_training_runs(name, content, tmp_path, mon
     assert model.scale == plan['scale']
     kept = {p.name for p in tmp_path.glob('*.ckpt')}
     assert kept == {f'a.{i}.ckpt' for i in range(len(plan['rounds']))}
+    in_training, forward = [], RealtimeSR.forward
+    monkeypatch.setattr(
+        RealtimeSR, 'forward', lambda self, x: in_training.append(self.training) or forward(self, x)
+    )
+    again, _ = train_published(name, paths, tmp_path / 'a.ckpt', Budget('smoke'))
+    assert in_training and not any(in_training)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
     with pytest.raises(PhotoError, match=name):
         train_published(name + 'q', paths, tmp_path / 'b.ckpt', Budget('smoke'))
+
+
+def test_a_share_of_a_round_is_kept():
+    class Learn:
+        model = RealtimeSR(2, 1)
+
+        def fit_flat_cos(self, *args, **kwargs):
+            stirred(self.model, 1)
+
+        def validate(self):
+            return 0.5, 20.0
+
+    learn = Learn()
+    before = copy.deepcopy(learn.model)
+    scores = module._fit(learn, {'epochs': 1, 'lr': 1e-3, 'share': 0.25}, 'no.ckpt')
+    assert scores == {'loss': 0.5, 'PSNR': 20.0}
+    after = stirred(copy.deepcopy(before), 1)
+    for key, value in learn.model.state_dict().items():
+        expected = 0.75 * before.state_dict()[key] + 0.25 * after.state_dict()[key]
+        assert torch.allclose(value, expected, atol=1e-6)
+
+
+def test_mostly_one_way():
+    "Weights of 1, 1, 1, 1 and 8: two thirds of 600, give or take four deviations of 11.5."
+    recipe = module._mostly(8)
+    ways = [recipe.draw(0, str(i))['steps'][0][1] for i in range(600)]
+    usual = sum(way['kernel'] == 'bicubic' and way['antialias'] for way in ways)
+    assert abs(usual - 400) < 46
+    assert {(way['kernel'], way['antialias']) for way in ways} == set(WAYS.values())
+    assert '8 times as often' in recipe.about
 
 
 def on_card(name, where):
@@ -613,11 +680,24 @@ def test_the_gan_halves_the_feature_distance_of_bicubic():
 
 
 @has_set5
-@pytest.mark.parametrize('name', ['realtime-x4', 'realtime-x2'])
+@pytest.mark.parametrize('name', PUBLISHED)
 def test_the_card_is_right_by_an_independent_measure(name):
     model = load_model(name)
     found, _ = yardstick().score_sr(model.predict, SHARED / 'data' / 'bench', 'Set5', model.scale)
     assert found == pytest.approx(on_card(name, 'Set5')['output'], abs=0.02)
+
+
+@has_set5
+def test_the_feature_distance_on_the_card_is_that_of_the_weights():
+    "With the network that it is measured with, where that lies beside the project."
+    features = SHARED / 'pretrained' / 'squeezenet1_1.pth'
+    if not features.is_file():
+        pytest.skip('SqueezeNet does not lie beside the project')
+    net, model, found = feature_net(features), load_model('realtime-x4-gan'), []
+    for small, good in bench_pairs(SET5 / 'x4'):
+        found.append(feature_distance(model.predict(small), good, net))
+    _, after = on_card('realtime-x4-gan', 'Set5')['feature distance']
+    assert sum(found) / len(found) == pytest.approx(after, abs=0.001)
 
 
 @pytest.mark.parametrize('name', PUBLISHED)

@@ -45,6 +45,7 @@ from enhance_lib.workbench import (
     PhotoModel,
     even_boxes,
     grown_box,
+    layout,
     load_model,
     pick_device,
     published,
@@ -514,7 +515,7 @@ def run_tiles(
     check_tiles(tile, overlap)
     if overlap is None:  # where tiles agree a short way will do; else the change has to be slow
         overlap = 2 * model.margin + (8 if model.exact else 96)
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=layout(device)).eval()
     tile = tile or fitting_tile(model, device)
     with torch.inference_mode():
         while True:

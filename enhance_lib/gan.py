@@ -75,6 +75,7 @@ with warnings.catch_warnings():
     from fastai.callback.core import Callback
     from fastai.learner import Learner
     from fastai.optimizer import Adam
+    from fastai.torch_core import to_cpu
     from fastai.vision.gan import (
         AdaptiveGANSwitcher,
         AdaptiveLoss,
@@ -279,7 +280,7 @@ class Watch(Callback):
         return {**kept, 'generator trains': bool(self.gan_trainer.gen_mode)}
 
     def load_state_dict(self, state):
-        kept = dict(state)
+        kept = to_cpu(dict(state))  # a checkpoint is loaded to where the training runs
         self.gan_trainer.switch(kept.pop('generator trains'))
         vars(self).update(kept)
 

@@ -31,6 +31,7 @@ from enhance_lib.workbench import (
     PhotoCache,
     PhotoModel,
     half_precision,
+    layout,
     load_model,
     recipe_dls,
     set_seed,
@@ -489,7 +490,7 @@ class BlindRestorer(PhotoModel):
                 x0, y0 = max(left - reach, 0), max(top - reach, 0)
                 part = guided[..., y0 : bottom + reach, x0 : right + reach]
                 # a cut-out is in no layout that convolutions are fast with
-                part = self.added(part.contiguous(memory_format=torch.channels_last))
+                part = self.added(part.contiguous(memory_format=layout(part.device)))
                 part = part[..., top - y0 :, left - x0 :][..., :piece, :piece]
                 better[..., top:bottom, left:right] = x[..., top:bottom, left:right] + part
         return better

@@ -37,6 +37,7 @@ from enhance_lib.workbench import (
     PhotoModel,
     autocast,
     half_precision,
+    layout,
     load_model,
     pick_device,
     recipe_dls,
@@ -161,9 +162,9 @@ def output_speed(
     "How fast a network runs on what is in memory already, in half precision where that is faster."
     device = pick_device(device)
     width, height = (side // model.scale * model.scale for side in (width, height))
-    model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)
+    model = copy.deepcopy(model).eval().to(device, memory_format=layout(device))
     x = torch.rand(1, 3, height // model.scale, width // model.scale, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=layout(device))
     with torch.inference_mode(), autocast(device):
         seconds = [_seconds(partial(model, x), device) for _ in range(3 + repeats)]
     frames = 1 / min(seconds[3:])
@@ -382,7 +383,10 @@ class DenseCritic(nn.Module):
                 f'The critic needs 32×32 pixels or more, and got {x.shape[3]}×{x.shape[2]}. '
                 'Give larger crops.'
             )
-        return self.head(self.body(2 * x - 1).float())
+        y = self.body(2 * x - 1).float()
+        if y.device.type == 'mps' and (y.shape[2] % 4 or y.shape[3] % 4):  # Apple's can't do it
+            y = F.adaptive_avg_pool2d(y.cpu(), 4).to(x.device)
+        return self.head(y)
 
 # %% ../nbs/09_realtime.ipynb #ba3e76cf
 def generator_content(

@@ -37,6 +37,7 @@ from enhance_lib.workbench import (
     PhotoModel,
     autocast,
     half_dtype,
+    layout,
     load_checkpoint,
     pair_loaders,
     recipe_dls,
@@ -210,7 +211,7 @@ def fit(
     if epochs < 1:
         raise PhotoError(f'{epochs} epochs are not possible: 1 or more.')
     device = dls.device
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=layout(device))
     optimiser, schedule = optimiser_for(model, lr, epochs * len(dls.train))
     parts = {'model': model, 'optimiser': optimiser, 'schedule': schedule, 'order': Order(dls)}
     start, kept = 0, {}
@@ -224,7 +225,7 @@ def fit(
             x, y = luma_pair(*batch)
             # not float16: in it, gradients of a mean over so many pixels would round to zero
             with autocast(device, half_dtype(device) == torch.bfloat16):
-                prediction = model(x.contiguous(memory_format=torch.channels_last), pad=0)
+                prediction = model(x.contiguous(memory_format=layout(device)), pad=0)
             loss = F.mse_loss(prediction.float(), shaved(y, 6))
             optimiser.zero_grad()
             loss.backward()

@@ -625,6 +625,8 @@ PUBLISHED = {
             | {'pixel': 0.02, 'epochs': 8, 'lr': 1e-3},
             {'recipe': _mostly(128), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.02, 'epochs': 2, 'lr': 6e-4, 'share': 0.5},
+            {'recipe': _mostly(128), 'once': False, **_crops(160, 10, 10)}
+            | {'pixel': 0.02, 'epochs': 18, 'lr': 1e-3, 'flat': 0.28},
         ),
     },
 }

@@ -667,7 +667,7 @@ def train_published(
     name: str,  # a key of `PUBLISHED`
     photos: list,  # paths to train on, one named twice counts twice; every twentieth validates
     checkpoint: str | Path,  # NAME.ckpt: round i goes on from NAME.i.ckpt, if it was killed
-    budget: Budget,  # full takes 12 to 195 minutes on two CPU cores
+    budget: Budget,  # full takes 12 to 335 minutes on two CPU cores
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[RealtimeSR, list[dict]]:  # the model, and how each round did on what validates
     "Train one of the published models. Raises `PhotoError`, as `recipe_dls` does."

@@ -673,7 +673,6 @@ def test_any_way_is_half_a_decibel_better_in_the_mean():
     assert means[1]['output'] >= means[0]['output'] + 0.5
 
 
-@pytest.mark.xfail(reason="51% of bicubic's: .1964 of .3862", strict=True)
 def test_the_gan_halves_the_feature_distance_of_bicubic():
     before, after = on_card('realtime-x4-gan', 'Set5')['feature distance']
     assert after <= before / 2

@@ -582,7 +582,7 @@ def check_size(
     if scale > 1 and width * height * scale**2 > max_pixels:
         raise PhotoError(
             f'The result would have {width * scale:.0f}×{height * scale:.0f} pixels, more than '
-            f'{max_pixels / 1e6:.4g} million. Choose a smaller scale, or cut the photo.'
+            f'{max_pixels:,.0f}. Choose a smaller scale, or cut the photo.'
         )
 
 

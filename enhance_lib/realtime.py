@@ -541,7 +541,7 @@ def enhance_image(
     if photo.width * photo.height * scale**2 > max_pixels:
         raise PhotoError(
             f'The result would have {photo.width * scale}×{photo.height * scale} pixels, more than '
-            f'{max_pixels / 1e6:.4g} million. Cut the photo, or allow more with max_pixels.'
+            f'{max_pixels:,.0f}. Cut the photo, or allow more with max_pixels.'
         )
     better = model.predict(photo, device)
     if sr_path is not None:

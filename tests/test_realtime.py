@@ -570,7 +570,7 @@ def test_too_small_a_photo_is_refused(size, tiny):
 
 def test_too_large_an_output_is_refused_before_it_is_computed(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(RealtimeSR, 'predict', lambda *a, **k: pytest.fail('it was computed'))
-    with pytest.raises(PhotoError, match='10400×10400 pixels, more than 100 million') as error:
+    with pytest.raises(PhotoError, match='10400×10400 pixels, more than 100,000,000') as error:
         enhance_image(Image.new('RGB', (2600, 2600)), sr_path=tmp_path / 'a.png', model=tiny)
     one_line(error)
     with pytest.raises(PhotoError, match='48×48'):

@@ -426,7 +426,7 @@ def _rounded(values, dtype):
 
 
 def _tiled(model, pixels, device, tile, overlap, on_tile):
-    "What `run_tiles` does with tiles of at most one size."
+    "What `run_tiles` does with tiles of at most `tile` pixels per side."
     height, width, n_channels = pixels.shape
     scale, reach = model.scale, -(-overlap // 2)
     dead = min(model.margin, reach)
@@ -770,7 +770,7 @@ def plan_for(
     photo: Image.Image,  # upright, of 8 bits
     quality: int | None = None,  # from `jpeg_quality`
     model: str | Path | PhotoModel | None = None,  # None: chosen by looking at the photo
-    scale: float | None = None,  # times per side; None: by `find_scale_factor`
+    scale: float | None = None,  # times per side; None: as `look` finds
     level: int | None = None,  # 1 to 10 rounds; None: as many as are needed
 ) -> Plan:
     "What to do with a photo: what was asked for, and what was not, chosen. Raises `PhotoError`."
@@ -803,7 +803,7 @@ def _bar(shown):
 def enhance(
     photo,  # path, bytes, binary file object, or an image that is open already
     model: str | Path | PhotoModel | None = None,  # None: chosen by looking at the photo
-    scale: float | str = 'auto',  # times per side; 'auto': small photos grow (`find_scale_factor`)
+    scale: float | str = 'auto',  # times per side; 'auto': small photos grow, as `look` finds
     level: int | None = None,  # 1 to 10 rounds; None: as many as are needed
     strength: float = 1.0,  # 0: merely enlarged, 1: enhanced
     keep_colors: bool = False,  # take the colours of large areas from the photo

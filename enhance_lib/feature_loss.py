@@ -120,12 +120,7 @@ class FeatureLoss(nn.Module):
     def __init__(
         self,
         net: nn.Module | None = None,  # from `feature_extractor`, by default `feature_extractor()`
-        features: tuple = (
-            0.005,
-            0.002,
-            0.002,
-            0.016,
-        ),  # of the features of each layer; without one it is left out
+        features: tuple = (0.005, 0.002, 0.002, 0.016),  # weight of the features of each layer
         gram: tuple = (0.01, 0.01, 0.03, 3.0),  # weight of the Gram matrix of each layer
         pixel: float = 1.0,  # weight of the pixels
         size: int | None = None,  # side in pixels to which photos are resized for the network

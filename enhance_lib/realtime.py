@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'MAX_PIXELS', 'PUBLISHED', 'DenseBlock', 'RRDB', 'RealtimeSR', 'output_speed', 'fold_batch_norm', 'made_small',
            'compare_ways', 'MovingAverage', 'realtime_learner', 'Film', 'save_gif', 'relativistic_loss', 'DenseCritic',
-           'generator_content', 'realtime_gan', 'between', 'StrengthSlider', 'enhance_image', 'train_published']
+           'generator_content', 'realtime_gan', 'between', 'StrengthSlider', 'without_block', 'enhance_image',
+           'train_published']
 
 # %% ../nbs/09_realtime.ipynb #66d883e1
 import base64
@@ -507,6 +508,23 @@ class StrengthSlider:
             'text/plain': f'StrengthSlider(strength={self.slider.value})',
         }
 
+# %% ../nbs/09_realtime.ipynb #8bfd7d66
+def without_block(
+    model: RealtimeSR,  # of two RRDBs or more
+    block: int,  # which one is left out, from 0
+) -> RealtimeSR:  # a new one
+    "A network without one of its RRDBs, not trained any further. Raises `PhotoError`."
+    n_blocks = len(model.body)
+    if n_blocks == 1:
+        raise PhotoError('The network has one block alone, which can not be left out.')
+    if block not in range(n_blocks):
+        raise PhotoError(f'There is no block {block!r} to leave out: 0 to {n_blocks - 1}.')
+    smaller = copy.deepcopy(model)
+    del smaller.body[block]
+    smaller.arguments = {**model.arguments, 'n_blocks': n_blocks - 1}
+    smaller.margin -= 9  # its 3×3 kernels
+    return smaller
+
 # %% ../nbs/09_realtime.ipynb #e43c1b61
 MAX_PIXELS = 100e6  # of an output; a photo of 100 megapixels is 300 MB
 
@@ -569,35 +587,42 @@ def _mostly(weight):
     return replace(recipe, about=f'4 times smaller, {often}')
 
 
+# `once`: photos are made small once and then cut, which is faster
+_FIRST = {'recipe': _any_size(TASKS['x4']), 'once': True, **_crops(128, 16, 20)}
+_FIRST |= {'epochs': 6, 'lr': 4e-3}
+
 PUBLISHED = {
+    # `without`: the RRDB that is left out from this round on;
+    # `flat`: share of the steps before the rate begins to fall
     'realtime-x4': {
         'task': 'x4',
         'half': True,
         'scale': 4,
         'rounds': (
-            # `once`: photos are made small once and then cut, which is faster
-            {'recipe': _any_size(TASKS['x4']), 'once': True, **_crops(128, 16, 20)}
-            | {'epochs': 6, 'lr': 4e-3},
-        ),
-    },
-    'realtime-x2': {
-        'task': 'x2',
-        'half': True,
-        'scale': 2,
-        'start': 'realtime-x4',  # the weights to start from, but for the last layer
-        'rounds': (
-            {'recipe': _any_size(TASKS['x2']), 'once': True, **_crops(64, 16, 20)}
-            | {'epochs': 3, 'lr': 3e-3},
+            _FIRST,
+            {**_FIRST, 'without': 0, 'epochs': 3, 'lr': 2e-3, 'flat': 0.3},
         ),
     },
     'realtime-x4-any': {
         'task': 'x4',
         'half': True,
         'scale': 4,
-        'start': 'realtime-x4',
         'rounds': (
+            _FIRST,
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 20)}
             | {'epochs': 2, 'lr': 2e-3},
+        ),
+    },
+    'realtime-x2': {
+        'task': 'x2',
+        'half': True,
+        'scale': 2,
+        # the weights to start from, but for the last layer (the published ones started from
+        # those of `realtime-x4` after its first round)
+        'start': 'realtime-x4-any',
+        'rounds': (
+            {'recipe': _any_size(TASKS['x2']), 'once': True, **_crops(64, 16, 20)}
+            | {'epochs': 3, 'lr': 3e-3},
         ),
     },
     'realtime-x4-gan': {
@@ -606,8 +631,7 @@ PUBLISHED = {
         'scale': 4,
         'start': 'realtime-x4-any',
         # `pixel`: weight of L1 beside the features; `adversarial`: that of a critic, in a game;
-        # `flat`: share of the steps before the rate begins to fall; kept is what lies
-        # `share` of the way from the weights before the round to those of its end
+        # kept is what lies `share` of the way from the weights before the round to those of its end
         'rounds': (
             {'recipe': _any_size(made_small('any')), 'once': False, **_crops(128, 16, 10)}
             | {'pixel': 0.3, 'epochs': 2, 'lr': 2e-3},
@@ -683,6 +707,8 @@ def train_published(
     loaders = partial(recipe_dls, train, valid, **options)
     for i, part in enumerate(plan['rounds']):
         part = {**part, **budget(short, short, {})}
+        if 'without' in part:
+            model = without_block(model, part['without'])
         path = Path(checkpoint).with_suffix(f'.{i}.ckpt')
         dls = loaders(**{k: part[k] for k in ('recipe', 'size', 'bs', 'per_photo', 'once')})
         loss = generator_content(pixel=part['pixel']) if 'pixel' in part else F.l1_loss

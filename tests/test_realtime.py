@@ -46,6 +46,7 @@ from enhance_lib.realtime import (
     relativistic_loss,
     save_gif,
     train_published,
+    without_block,
 )
 from enhance_lib.workbench import KeepGoing, load_model, recipe_dls, save_weights, set_seed
 
@@ -206,6 +207,36 @@ def test_folding_batch_norm_changes_nothing(options):
     fresh.load_state_dict(folded.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(fresh(x), folded(x))
+
+
+@pytest.mark.parametrize('block', [0, 1, 2])
+def test_what_is_left_without_a_block(block):
+    "The other blocks in their order, as an ordinary network; the one that is given stays whole."
+    model = stirred(RealtimeSR(2, n_blocks=3)).eval()
+    for i, rrdb in enumerate(model.body):
+        nn.init.constant_(rrdb.skip, 10 + i)
+    before = copy.deepcopy(model.state_dict())
+    smaller = without_block(model, block)
+    assert [rrdb.skip.item() for rrdb in smaller.body] == [10 + i for i in range(3) if i != block]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), 'it was changed'
+    fresh = RealtimeSR(**smaller.arguments).eval()
+    assert fresh.margin == smaller.margin == model.margin - 9
+    fresh.load_state_dict(smaller.state_dict())
+    x = torch.rand(1, 3, 17, 23)
+    nn.init.zeros_(model.body[block].skip)  # a block that adds nothing
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(x), model(x))
+        torch.testing.assert_close(smaller(x), model(x))
+
+
+@pytest.mark.parametrize(
+    'n_blocks, block, words',
+    [(1, 0, 'one block alone'), (2, 2, '0 to 1'), (2, -1, '0 to 1'), (3, 'a', '0 to 2')],
+)
+def test_a_block_that_can_not_be_left_out(n_blocks, block, words):
+    with pytest.raises(PhotoError, match=words) as error:
+        without_block(RealtimeSR(n_blocks=n_blocks), block)
+    one_line(error)
 
 
 def test_speed_is_counted_in_output(monkeypatch):
@@ -602,14 +633,15 @@ def test_what_is_no_photo(tiny, tmp_path):
 def test_every_round_of_the_published_training_runs(name, content, tmp_path, monkeypatch):
     "At the smallest budget; each leaves its checkpoint, and a second call takes no step more."
     paths = [save_photo(p, tmp_path / f'{i}.png') for i, p in enumerate(pieces(5, 160))]
-    monkeypatch.setattr(module, 'load_model', lambda name: RealtimeSR(4, 1))
-    monkeypatch.setattr(module, 'RealtimeSR', lambda scale: RealtimeSR(scale, 1))
+    monkeypatch.setattr(module, 'load_model', lambda name: RealtimeSR(4, 2))
+    monkeypatch.setattr(module, 'RealtimeSR', lambda scale: RealtimeSR(scale, 2))
     monkeypatch.setattr(module, 'realtime_gan', lambda *a, **k: realtime_gan(*a, **k, net=Seen()))
     model, history = train_published(name, paths, tmp_path / 'a.ckpt', Budget('smoke'))
     plan = PUBLISHED[name]
     assert len(history) == len(plan['rounds'])
     assert all(math.isfinite(value) for row in history for value in row.values())
     assert model.scale == plan['scale']
+    assert len(model.body) == 2 - sum('without' in part for part in plan['rounds'])
     kept = {p.name for p in tmp_path.glob('*.ckpt')}
     assert kept == {f'a.{i}.ckpt' for i in range(len(plan['rounds']))}
     in_training, forward = [], RealtimeSR.forward

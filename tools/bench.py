@@ -236,7 +236,7 @@ def speed_of_enlarging():
     espcn, why = opencv_espcn()
     if espcn:
         ways['ESPCN (OpenCV)'] = lambda: espcn(np.asarray(small))
-    for way, seconds in fastest(ways, 5).items():
+    for way, seconds in fastest(ways, 15).items():
         target = '3 MP/s or more' if 'realtime' in way else ''
         yield f'×4, 1 megapixel of output, CPU: {way}', f'{1 / seconds:.1f} MP/s', target
     if not espcn:

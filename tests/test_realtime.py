@@ -231,7 +231,13 @@ def test_what_is_left_without_a_block(block):
 
 @pytest.mark.parametrize(
     'n_blocks, block, words',
-    [(1, 0, 'one block alone'), (2, 2, '0 to 1'), (2, -1, '0 to 1'), (3, 'a', '0 to 2')],
+    [
+        (1, 0, 'one block alone'),
+        (2, 2, '0 to 1'),
+        (2, -1, '0 to 1'),
+        (2, 1.0, '0 to 1'),
+        (3, 'a', '0 to 2'),
+    ],
 )
 def test_a_block_that_can_not_be_left_out(n_blocks, block, words):
     with pytest.raises(PhotoError, match=words) as error:

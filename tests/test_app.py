@@ -23,9 +23,13 @@ import pytest
 from PIL import Image
 
 import enhance_lib.app as module
-from enhance_lib.app import CompareSlider, DownloadButton, EnhanceApp
+from enhance_lib.app import CompareSlider, DownloadButton
+from enhance_lib.applications.enhance_app import EnhanceApp
 from enhance_lib.enhance import enhance
-from enhance_lib.photos import PhotoError, encode_photo, open_photo, sample_photo, uploaded_file
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import encode_photo, open_photo
+from enhance_lib.toolbox.show import uploaded_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,9 +66,9 @@ def text(app):
 def test_slider_shows_both_pictures_as_they_are():
     red, blue = (Image.new('RGB', (100, 40), c) for c in ('red', 'blue'))
     slider = CompareSlider(red, blue, position=30, labels=['', ''])
-    for trait, colour in (('before', (255, 0, 0)), ('after', (0, 0, 255))):
+    for trait, color in (('before', (255, 0, 0)), ('after', (0, 0, 255))):
         picture = np.asarray(open_photo(getattr(slider, trait))).astype(int)
-        assert np.abs(picture - colour).max() <= 2
+        assert np.abs(picture - color).max() <= 2
     row = np.asarray(slider.picture())[35]
     assert (row[:28, 0] > 250).all() and (row[33:, 2] > 250).all()
 
@@ -82,7 +86,7 @@ def test_slider_lays_transparent_photos_on_white():
 
 
 def test_slider_of_two_sizes_is_refused(cat):
-    with pytest.raises(PhotoError, match='120×80 and 60×40'):
+    with pytest.raises(EnhanceError, match='120×80 and 60×40'):
         CompareSlider(cat, cat.resize((60, 40)))
 
 
@@ -98,12 +102,12 @@ def test_download_answers_only_what_it_knows():
     sent = []
     button = DownloadButton(lambda: ('a.webp', b'12'))
     button.send = lambda message, buffers: sent.append((message, buffers))
-    button._answer(button, {'wanted': 'secrets'}, [])
+    button.per_picture(button, {'wanted': 'secrets'}, [])
     assert sent == []
-    button._answer(button, {'wanted': 'file'}, [])
+    button.per_picture(button, {'wanted': 'file'}, [])
     assert sent == [({'name': 'a.webp', 'type': 'image/webp'}, [b'12'])]
     button.make = lambda: None  # there is no file yet, or making it failed with a sentence
-    button._answer(button, {'wanted': 'file'}, [])
+    button.per_picture(button, {'wanted': 'file'}, [])
     assert len(sent) == 1
 
 
@@ -197,7 +201,9 @@ def test_a_name_is_text_and_never_code(cat):
     assert '<img' not in app.says.value and '&lt;img' in app.says.value
 
 
-@pytest.mark.parametrize('error', [PhotoError("'a.png': too bright."), RuntimeError('/home/me/x')])
+@pytest.mark.parametrize(
+    'error', [EnhanceError("'a.png': too bright."), RuntimeError('/home/me/x')]
+)
 def test_errors_of_the_work_are_sentences_without_paths(cat, error, monkeypatch):
     def fails(*args, **kwargs):
         raise error
@@ -207,7 +213,7 @@ def test_errors_of_the_work_are_sentences_without_paths(cat, error, monkeypatch)
     upload(app, 'a.png', encode_photo(cat, 'a.png'))
     app.go.click()
     assert app.wait()
-    told = str(error) if isinstance(error, PhotoError) else 'Something went wrong (RuntimeError)'
+    told = str(error) if isinstance(error, EnhanceError) else 'Something went wrong (RuntimeError)'
     assert told.replace("'", '&#x27;') in app.says.value and '/home' not in app.says.value
     assert not app.go.disabled, 'it has to go on working'
 
@@ -232,7 +238,7 @@ def test_cancel_stops_between_tiles(cat, monkeypatch):
     app.cancel.click()
     go_on.set()
     assert app.wait()
-    assert text(app) == 'Cancelled.' and app.result is None and not app.go.disabled
+    assert text(app) == 'Canceled.' and app.result is None and not app.go.disabled
 
 
 def test_a_photo_that_arrives_in_the_middle_does_not_mix_with_the_other(cat, monkeypatch):

@@ -139,7 +139,7 @@ def test_work_needs_no_torch(photos, tmp_path):
     "It would make a command wait for seconds, and each worker take hundreds of megabytes."
     code = (
         'import sys; from enhance_lib.command_line import enhance_crappify\n'
-        f'enhance_crappify(["--path={photos}", "--degraded-path={tmp_path / "bad"}"])\n'
+        f'enhance_crappify(["--path={photos}", "--degraded-path={tmp_path / "degraded"}"])\n'
         'large = {"torch", "fastai", "pandas", "matplotlib", "skimage"} & set(sys.modules)\n'
         'sys.exit(f"imported: {large}" if large else 0)'
     )
@@ -166,19 +166,28 @@ def test_flags_in_every_spelling(tmp_path, flags):
 
 
 def test_every_flag_has_its_effect(photos, tmp_path):
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
     status, _, err = run(
         'enhance_crappify',
-        *('--path', photos, '--degraded-path', bad, '--good-path', good, '--recipe', 'jpeg10'),
+        *(
+            '--path',
+            photos,
+            '--degraded-path',
+            degraded,
+            '--good-path',
+            clean,
+            '--recipe',
+            'jpeg10',
+        ),
         *('--seed', 7, '--size', 12, '--format', 'bmp', '--num-workers', 1),
     )
     assert status == 0, err
     from enhance_lib.crappify import RECIPES
-    from enhance_lib.photos import open_photo
+    from enhance_lib.toolbox.files import open_photo
 
     for i in range(4):
         pair = RECIPES['jpeg10'].pair(open_photo(photos / f'p{i}.png'), 7, f'p{i}.png', 12)
-        for folder, expected in zip((bad, good), pair):
+        for folder, expected in zip((degraded, clean), pair):
             assert open_photo(folder / f'p{i}.bmp').tobytes() == expected.tobytes()
 
 
@@ -225,18 +234,20 @@ def test_folders_that_can_not_be_used(photos, tmp_path):
 
 
 def test_settings_that_can_not_be_used(photos, tmp_path):
-    flags = ['--path', photos, '--degraded-path', tmp_path / 'bad']
+    flags = ['--path', photos, '--degraded-path', tmp_path / 'degraded']
     err = refused('enhance_crappify', *flags, '--recipe', 'skylin')
     assert 'Did you mean skyline?' in err
     assert 'good_path' in refused('enhance_crappify', *flags, '--recipe', 'skyline')
     assert '0 workers' in refused('enhance_crappify', *flags, '--num-workers', '0')
     assert 'pngg' in refused('enhance_crappify', *flags, '--format', 'pngg')
     refused('enhance_crappify', *flags, '--seed=-1')
-    refused('enhance_resize', '--path', photos, '--resized-path', tmp_path / 'bad', '--size', '0')
-    assert not (tmp_path / 'bad').exists()
+    refused(
+        'enhance_resize', '--path', photos, '--resized-path', tmp_path / 'degraded', '--size', '0'
+    )
+    assert not (tmp_path / 'degraded').exists()
 
 
-@pytest.mark.parametrize('flags', [['--size', 'large'], ['--seed', '1.5'], ['--colour', 'red']])
+@pytest.mark.parametrize('flags', [['--size', 'large'], ['--seed', '1.5'], ['--color', 'red']])
 def test_flags_that_make_no_sense(photos, flags):
     status, out, err = run('enhance_crappify', '--path', photos, '--degraded-path', 'x', *flags)
     assert status == 2 and out == ''
@@ -248,12 +259,12 @@ def test_flags_that_make_no_sense(photos, flags):
 def test_broken_photos_are_named_and_the_others_done(photos, tmp_path, n_workers):
     (photos / 'empty.png').touch()
     (photos / 'text.png').write_text('This is not a photo.')
-    bad = tmp_path / 'bad'
-    flags = ['--path', photos, '--degraded-path', bad, '--num-workers', n_workers]
+    degraded = tmp_path / 'degraded'
+    flags = ['--path', photos, '--degraded-path', degraded, '--num-workers', n_workers]
     for _ in range(2):
         status, _, err = run('enhance_crappify', *flags)
         assert status == 1
-        assert made(bad) == ALL
+        assert made(degraded) == ALL
         assert 'empty.png' in err and 'text.png' in err and 'p0.png' not in err
         assert 'failed 2' in err
     (photos / 'empty.png').unlink()
@@ -267,13 +278,13 @@ def test_broken_photos_are_named_and_the_others_done(photos, tmp_path, n_workers
 @pytest.mark.parametrize('after', [0, 3])
 def test_ctrl_c_says_one_line_and_the_next_run_finishes(tmp_path, n_workers, after):
     "A terminal sends the signal to the command and to all of its workers."
-    photos, bad = make_photos(tmp_path / 'photos', 60, 200), tmp_path / 'bad'
-    flags = ['--path', photos, '--degraded-path', bad, '--recipe', 'wild', '--format', 'png']
+    photos, degraded = make_photos(tmp_path / 'photos', 60, 200), tmp_path / 'degraded'
+    flags = ['--path', photos, '--degraded-path', degraded, '--recipe', 'wild', '--format', 'png']
     flags += ['--num-workers', n_workers]
     process = start('enhance_crappify', *flags, start_new_session=True)
     end = time.monotonic() + 30
     # the table is written just before the workers start
-    while not (bad / 'crappify.csv').exists() or len(made(bad)) < after:
+    while not (degraded / 'crappify.csv').exists() or len(made(degraded)) < after:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
@@ -281,14 +292,14 @@ def test_ctrl_c_says_one_line_and_the_next_run_finishes(tmp_path, n_workers, aft
     assert process.returncode == 130
     assert 'Traceback' not in out + err, err
     assert err.strip() == 'enhance_crappify: stopped. Run it again to go on.'
-    done = made(bad)
+    done = made(degraded)
     assert len(done) < 60, 'stopped too late to test anything'
     for name in done:
-        Image.open(bad / name).load()  # raises OSError where half of it is missing
+        Image.open(degraded / name).load()  # raises OSError where half of it is missing
     status, out, err = run('enhance_crappify', *flags)
     assert status == 0, err
     assert f'made {60 - len(done)}, there already {len(done)}' in out
-    assert len(made(bad)) == 60 and not list(bad.glob('.*'))
+    assert len(made(degraded)) == 60 and not list(degraded.glob('.*'))
 
 
 # Training
@@ -299,16 +310,23 @@ SHORT += '--frozen_epochs 0 --num_workers 0'.split()
 
 
 def test_training_with_the_flags_of_image_2(tmp_path):
-    "As Image 2.0 spells them: a table, good photos, bad photos."
+    "As Image 2.0 spells them: a table, clean photos, degraded photos."
     photos = make_photos(tmp_path / 'photos', 4)
-    run('enhance_crappify', '--path', photos, '--degraded-path', tmp_path / 'bad')
+    run('enhance_crappify', '--path', photos, '--degraded-path', tmp_path / 'degraded')
     (tmp_path / 'fnames.csv').write_text(
         'fnames,is_val\np0.png,False\np1.png,False\np2.png,True\np3.png,False\n'
     )
     out = tmp_path / 'mine'
     status, shown, err = run(
         'enhance_train',
-        *('--df', tmp_path / 'fnames.csv', '--path', photos, '--degraded_path', tmp_path / 'bad'),
+        *(
+            '--df',
+            tmp_path / 'fnames.csv',
+            '--path',
+            photos,
+            '--degraded_path',
+            tmp_path / 'degraded',
+        ),
         *('--unfrozen_epochs', 1, '--out', out, *SHORT),
     )
     assert status == 0, err
@@ -378,10 +396,19 @@ def test_evaluation_writes_a_table_and_plots(photos, tmp_path, features):
 
 def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
     "The others are measured, and the exit code is 1."
-    bad, names = tmp_path / 'bad', sorted(p.name for p in photos.iterdir())
-    bad.mkdir()
-    Image.open(photos / names[0]).save(bad / names[0])
-    flags = ['--degraded_path', bad, '--models', 'unet-mse', '--size', 40, '--out', tmp_path / 'a']
+    degraded, names = tmp_path / 'degraded', sorted(p.name for p in photos.iterdir())
+    degraded.mkdir()
+    Image.open(photos / names[0]).save(degraded / names[0])
+    flags = [
+        '--degraded_path',
+        degraded,
+        '--models',
+        'unet-mse',
+        '--size',
+        40,
+        '--out',
+        tmp_path / 'a',
+    ]
     process = start('enhance_evaluate', '--path', photos, *flags, env=features)
     said, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
@@ -392,7 +419,7 @@ def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
 def test_an_evaluation_that_was_stopped_begins_anew(photos, monkeypatch, capsys):
     "It keeps nothing, so there is nothing to go on from."
     import enhance_lib.gan
-    from enhance_lib.command_line import enhance_evaluate
+    from enhance_lib.applications.command_line import enhance_evaluate
 
     def stopped(*args):
         raise KeyboardInterrupt

@@ -27,28 +27,25 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from scipy.stats import chisquare
 
-from enhance_lib import crappify
+from enhance_lib.enhance_lib import crappify
+from enhance_lib.applications.batch import CrappifyPair, crappify_folder, resize_folder
 from enhance_lib.crappify import (
-    KERNELS,
-    OPERATIONS,
-    RECIPES,
-    SLIDERS,
     Between,
-    CrappifyPair,
-    CrappifyWidget,
     Degrader,
     OneOf,
+    RECIPES,
     Recipe,
     Step,
     apply_steps,
-    crappify_folder,
     dice,
     get_recipe,
-    resize,
-    resize_folder,
-    run_folder,
 )
-from enhance_lib.photos import PhotoError, open_photo, sample_photo, write_atomically
+from enhance_lib.toolbox.folders import run_folder
+from enhance_lib.toolbox.operations import KERNELS, OPERATIONS, resize
+from enhance_lib.toolbox.show import CrappifyWidget, SLIDERS
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import open_photo, write_atomically
 
 
 def one_line(error):
@@ -110,7 +107,7 @@ def test_plain_bicubic_has_the_weights_of_keys():
     weights = np.array([0.8671875, 0.2265625, -0.0703125, -0.0234375])
     expected = np.zeros(24)
     for i, w in enumerate(128 * weights):
-        expected[[12 - i, 13 + i]] = w  # the centre of old pixel 6 lies between new 12 and 13
+        expected[[12 - i, 13 + i]] = w  # the center of old pixel 6 lies between new 12 and 13
     np.testing.assert_array_equal(np.asarray(ours)[0], np.rint(background + expected))
 
 
@@ -137,9 +134,9 @@ def test_resize_keeps_a_plain_photo_plain(kernel, antialias, mode):
 def test_plain_resize_keeps_a_ramp_away_from_the_border(kernel, width):
     ramp = np.tile(4 * np.arange(40, dtype=np.uint8) + 20, (3, 1))
     out = OPERATIONS['resize'](Image.fromarray(ramp), width, 3, kernel, antialias=False)
-    centres = (np.arange(width) + 0.5) * 40 / width - 0.5
-    inside = (centres >= 2) & (centres <= 37)
-    difference = np.abs(np.asarray(out, float)[1] - (4 * centres + 20))[inside]
+    centers = (np.arange(width) + 0.5) * 40 / width - 0.5
+    inside = (centers >= 2) & (centers <= 37)
+    difference = np.abs(np.asarray(out, float)[1] - (4 * centers + 20))[inside]
     assert inside.sum() > 10 and difference.max() <= 0.5 + 1e-3
 
 
@@ -232,7 +229,7 @@ def test_jpeg_is_the_round_trip_of_pillow(quality, subsampling, mode):
     assert same(OPERATIONS['jpeg'](photo, quality, subsampling), Image.open(file).convert(mode))
 
 
-def test_jpeg_subsampling_loses_colour():
+def test_jpeg_subsampling_loses_color():
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:, ::2] = (255, 0, 0)  # red and blue columns, one pixel wide
     pixels[:, 1::2] = (0, 0, 255)
@@ -310,7 +307,7 @@ def test_noise_is_cut_off_at_black_and_white():
 
 
 @pytest.mark.parametrize('colors', [2, 8, 32, 256])
-def test_dither_has_few_colours_and_the_same_brightness(colors):
+def test_dither_has_few_colors_and_the_same_brightness(colors):
     photo = sample_photo('cat').crop((0, 0, 200, 200))
     out = OPERATIONS['dither'](photo, colors)
     found = len(out.getcolors(200 * 200))
@@ -432,7 +429,7 @@ BAD = [
 
 @pytest.mark.parametrize('op, parameters, word', BAD, ids=lambda v: str(v))
 def test_impossible_parameters_are_refused_in_a_sentence(op, parameters, word):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         OPERATIONS[op](smooth_photo(), **parameters)
     assert word in one_line(error)
 
@@ -458,7 +455,7 @@ def test_between_floats_is_uniform():
 
 @pytest.mark.parametrize('ends', [(2, 1), (0.5, 0.4), (float('nan'), 1), (0, float('nan'))])
 def test_between_refuses_ends_that_are_not_in_order(ends):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         Between(*ends)
     assert str(ends[0]) in one_line(error)
 
@@ -482,13 +479,13 @@ def test_one_of_draws_what_it_holds():
     'weights', [[1], [1, 2, 3], [0, 0], [-1, 2], [float('nan'), 1], [float('inf'), 1]]
 )
 def test_one_of_refuses_weights_that_make_no_sense(weights):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         OneOf('a', 'b', weights=weights)
     one_line(error)
 
 
 def test_one_of_needs_a_choice():
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         OneOf()
 
 
@@ -508,13 +505,13 @@ def test_one_of_needs_a_choice():
     ],
 )
 def test_mistakes_in_a_recipe_are_named(make, word):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         make()
     assert word in one_line(error)
 
 
 def test_unknown_recipe_lists_all_there_are():
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         get_recipe('nothing like it')
     assert all(name in one_line(error) for name in RECIPES)
 
@@ -704,7 +701,7 @@ def test_degrader_needs_no_settings():
 
 
 def expected_size(recipe, plan, width, height):
-    "The size of the good and the bad photo, worked out from the size of the photo and the plan."
+    "The size of the good and the degraded photo, worked out from the size of the photo and the plan."
     for op, p in plan['before']:
         if op == 'rescale':
             width, height = (max(round(s * p['factor']), 1) for s in (width, height))
@@ -738,8 +735,8 @@ def test_recipes_take_photos_of_any_size(recipe, width, height, mode, seed, size
     good_size, bad_size = expected_size(recipe, plan, width, height)
     photo = Image.new(mode, (width, height), 90 if mode == 'L' else (90, 100, 200))
     try:
-        bad, good = RECIPES[recipe].pair(photo, seed, 'a', size)
-    except PhotoError as e:
+        degraded, clean = RECIPES[recipe].pair(photo, seed, 'a', size)
+    except EnhanceError as e:
         assert '\n' not in str(e)
         # it can't be trimmed, cut out or divided: the only excuses
         uncut = {**plan, 'before': [step for step in plan['before'] if step[0] != 'crop']}
@@ -747,8 +744,8 @@ def test_recipes_take_photos_of_any_size(recipe, width, height, mode, seed, size
         too_small = size is not None and size > min(w, h)
         assert too_small or (recipe == 'any-kernel' and (min(w, h) < 4 or size == 1))
         return
-    assert (good.size, bad.size) == (good_size, bad_size)
-    assert bad.mode == good.mode == ('L' if recipe == 'skyline' else mode)
+    assert (clean.size, degraded.size) == (good_size, bad_size)
+    assert degraded.mode == clean.mode == ('L' if recipe == 'skyline' else mode)
 
 
 # Folders
@@ -809,10 +806,10 @@ def test_folder_does_not_depend_on_the_number_of_workers(photos, recipe, seed):
     with tempfile.TemporaryDirectory() as folder:
         base, found = Path(folder), []
         for n in (1, 2, 4):
-            bad, good = base / f'bad{n}', base / f'good{n}'
-            report = crappified(photos, bad, recipe, seed, good_path=good, n_workers=n)
+            degraded, clean = base / f'bad{n}', base / f'good{n}'
+            report = crappified(photos, degraded, recipe, seed, clean_path=clean, n_workers=n)
             assert (report.made, report.kept, report.failed) == (len(NAMES), 0, {})
-            found.append((contents(bad), contents(good)))
+            found.append((contents(degraded), contents(clean)))
         assert found[0] == found[1] == found[2]
         assert set(NAMES) | {'crappify.csv'} == set(found[0][0])
         assert set(NAMES) <= set(found[0][1])
@@ -821,17 +818,17 @@ def test_folder_does_not_depend_on_the_number_of_workers(photos, recipe, seed):
 
 
 def test_folder_does_what_the_log_says(photos, tmp_path):
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
-    crappified(photos, bad, 'jpeg10', 4, good_path=good, format='png', size=16)
-    log = rows(bad / 'crappify.csv')
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
+    crappified(photos, degraded, 'jpeg10', 4, clean_path=clean, format='png', size=16)
+    log = rows(degraded / 'crappify.csv')
     assert len(log) == len(NAMES)
     for name in NAMES:
         target = Path(name).with_suffix('.png').as_posix()
         if name in ('a.png', 'sub/a.png'):
             assert target in log
         expected = RECIPES['jpeg10'].pair(open_photo(photos / name), 4, name, 16)
-        assert same(open_photo(bad / target, None), expected[0])
-        assert same(open_photo(good / target, None), expected[1])
+        assert same(open_photo(degraded / target, None), expected[0])
+        assert same(open_photo(clean / target, None), expected[1])
         plan = json.loads(log[target]['job'])
         assert log[target]['error'] == ''
         assert same(apply_steps(open_photo(photos / name), plan['before']), expected[1])
@@ -847,15 +844,15 @@ def test_same_names_of_different_formats_all_survive(photos, tmp_path, clash):
     names = ['a.jpg', *clash]
     for i, name in enumerate(names):
         smooth_photo(20 + i, 20, seed=i).save(photos / name)
-    report = crappified(photos, tmp_path / 'bad', 'image2', format='png')
+    report = crappified(photos, tmp_path / 'degraded', 'image2', format='png')
     assert report.made == len(names)
-    found = [p for p in (tmp_path / 'bad').iterdir() if p.suffix == '.png']
+    found = [p for p in (tmp_path / 'degraded').iterdir() if p.suffix == '.png']
     assert sorted(open_photo(p).width for p in found) == [20 + i for i in range(len(names))]
 
 
 def test_unknown_format_is_refused(photos, tmp_path):
-    with pytest.raises(PhotoError) as error:
-        crappified(photos, tmp_path / 'bad', format='pngg')
+    with pytest.raises(EnhanceError) as error:
+        crappified(photos, tmp_path / 'degraded', format='pngg')
     assert '.png' in one_line(error)
 
 
@@ -865,41 +862,41 @@ def test_name_that_is_no_text_is_no_reason_to_stop(photos, tmp_path):
         shutil.copy(photos / 'a.png', photos / os.fsdecode(b'caf\xe9.png'))
     except (OSError, UnicodeError):
         pytest.skip('this file system wants names to be text')
-    report = crappified(photos, tmp_path / 'bad')
+    report = crappified(photos, tmp_path / 'degraded')
     assert report.made == len(NAMES) + 1
-    assert crappified(photos, tmp_path / 'bad').kept == len(NAMES) + 1
+    assert crappified(photos, tmp_path / 'degraded').kept == len(NAMES) + 1
 
 
 def test_second_run_keeps_everything(photos, tmp_path):
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
-    crappified(photos, bad, 'gan', good_path=good)
-    before = {p: p.stat().st_mtime_ns for p in [*bad.rglob('*.*'), *good.rglob('*.*')]}
-    report = crappified(photos, bad, 'gan', good_path=good)
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
+    crappified(photos, degraded, 'gan', clean_path=clean)
+    before = {p: p.stat().st_mtime_ns for p in [*degraded.rglob('*.*'), *clean.rglob('*.*')]}
+    report = crappified(photos, degraded, 'gan', clean_path=clean)
     assert (report.made, report.kept) == (0, len(NAMES))
     after = {p: p.stat().st_mtime_ns for p in before}
     assert [p for p in before if before[p] != after[p] and p.suffix != '.csv'] == []
 
 
 def test_what_is_missing_is_made_again(photos, tmp_path):
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
-    crappified(photos, bad, 'gan', good_path=good)
-    before = contents(bad), contents(good)
-    (bad / 'a.png').unlink()
-    (good / 'b.jpg').unlink()
-    report = crappified(photos, bad, 'gan', good_path=good)
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
+    crappified(photos, degraded, 'gan', clean_path=clean)
+    before = contents(degraded), contents(clean)
+    (degraded / 'a.png').unlink()
+    (clean / 'b.jpg').unlink()
+    report = crappified(photos, degraded, 'gan', clean_path=clean)
     assert (report.made, report.kept) == (2, len(NAMES) - 2)
-    assert (contents(bad), contents(good)) == before
+    assert (contents(degraded), contents(clean)) == before
 
 
 def test_another_seed_or_recipe_makes_anew_what_differs(photos, tmp_path):
-    bad = tmp_path / 'bad'
-    crappified(photos, bad, 'image2', 0)
+    degraded = tmp_path / 'degraded'
+    crappified(photos, degraded, 'image2', 0)
     for recipe, seed in [('image2', 1), ('gan', 1), ('image2', 0)]:
-        report = crappified(photos, bad, recipe, seed)
+        report = crappified(photos, degraded, recipe, seed)
         assert (report.made, report.kept) == (len(NAMES), 0)
         fresh = tmp_path / f'{recipe}{seed}'
         crappified(photos, fresh, recipe, seed)
-        assert contents(bad) == contents(fresh)
+        assert contents(degraded) == contents(fresh)
 
 
 def test_only_what_differs_is_made_anew(photos, tmp_path):
@@ -908,27 +905,27 @@ def test_only_what_differs_is_made_anew(photos, tmp_path):
     rarely = Recipe('rarely', (Step('jpeg', quality=20), Step('blur', p=0.2, radius=2)))
     differ = [n for n in NAMES if often.draw(0, n) != rarely.draw(0, n)]
     assert 0 < len(differ) < len(NAMES), 'choose other probabilities'
-    bad = tmp_path / 'bad'
-    crappified(photos, bad, often)
-    before = {n: (bad / n).stat().st_mtime_ns for n in NAMES}
-    report = crappified(photos, bad, rarely)
+    degraded = tmp_path / 'degraded'
+    crappified(photos, degraded, often)
+    before = {n: (degraded / n).stat().st_mtime_ns for n in NAMES}
+    report = crappified(photos, degraded, rarely)
     assert (report.made, report.kept) == (len(differ), len(NAMES) - len(differ))
-    assert {n for n in NAMES if before[n] != (bad / n).stat().st_mtime_ns} == set(differ)
+    assert {n for n in NAMES if before[n] != (degraded / n).stat().st_mtime_ns} == set(differ)
 
 
 def test_format_and_back_again(photos, tmp_path):
     "What an earlier run made is not foreign to a later one, whatever was done in between."
     for format in ('jpg', 'png', 'jpg'):
-        report = crappified(photos, tmp_path / 'bad', 'image2', format=format)
+        report = crappified(photos, tmp_path / 'degraded', 'image2', format=format)
         assert report.made + report.kept == len(NAMES)
 
 
 def test_photo_that_comes_back_is_not_foreign(photos, tmp_path):
-    crappified(photos, tmp_path / 'bad')
+    crappified(photos, tmp_path / 'degraded')
     (photos / 'n1.png').rename(tmp_path / 'n1.png')
-    crappified(photos, tmp_path / 'bad')
+    crappified(photos, tmp_path / 'degraded')
     (tmp_path / 'n1.png').rename(photos / 'n1.png')
-    assert crappified(photos, tmp_path / 'bad').kept == len(NAMES)
+    assert crappified(photos, tmp_path / 'degraded').kept == len(NAMES)
 
 
 @pytest.mark.parametrize('n_workers', [1, 2])
@@ -939,9 +936,9 @@ def test_failed_photos_are_reported_and_the_others_done(photos, tmp_path, n_work
     (photos / 'cut.png').write_bytes(whole[: len(whole) // 2])
     smooth_photo(5, 50).save(photos / 'narrow.png')
     wrong = {'empty.png', 'text.jpg', 'cut.png', 'narrow.png'}
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
     for kept in (0, len(NAMES)):  # a second run tries the failed ones again
-        report = crappified(photos, bad, size=24, good_path=good, n_workers=n_workers)
+        report = crappified(photos, degraded, size=24, clean_path=clean, n_workers=n_workers)
         assert (report.made, report.kept) == (len(NAMES) - kept, kept)
         assert set(report.failed) == wrong
         for why in report.failed.values():
@@ -951,89 +948,89 @@ def test_failed_photos_are_reported_and_the_others_done(photos, tmp_path, n_work
             assert name in report.failed[name]
             assert name in str(report)
         assert 'narrow.png' in report.failed['narrow.png'], 'which photo is too small?'
-        log = rows(bad / 'crappify.csv')
+        log = rows(degraded / 'crappify.csv')
         assert {n for n, row in log.items() if row['error']} == wrong
         assert log['empty.png']['error'] == report.failed['empty.png']
-        for folder in (bad, good):
+        for folder in (degraded, clean):
             assert not wrong & set(contents(folder))
             assert set(NAMES) <= set(contents(folder))
 
 
 def test_repaired_photo_is_made_and_its_error_goes(photos, tmp_path):
     (photos / 'x.png').touch()
-    crappified(photos, tmp_path / 'bad')
+    crappified(photos, tmp_path / 'degraded')
     smooth_photo().save(photos / 'x.png')
-    report = crappified(photos, tmp_path / 'bad')
+    report = crappified(photos, tmp_path / 'degraded')
     assert (report.made, report.kept, report.failed) == (1, len(NAMES), {})
-    assert not any(row['error'] for row in rows(tmp_path / 'bad' / 'crappify.csv').values())
+    assert not any(row['error'] for row in rows(tmp_path / 'degraded' / 'crappify.csv').values())
 
 
 # Folders that must be left alone
 
 
 def test_foreign_photos_in_the_output_are_refused_and_untouched(photos, tmp_path):
-    bad = tmp_path / 'bad'
-    bad.mkdir()
-    (bad / 'a.png').write_bytes(b'somebody else made this')
-    (bad / 'notes.txt').write_text('mine')
-    before = contents(bad)
-    with pytest.raises(PhotoError) as error:
-        crappified(photos, bad)
+    degraded = tmp_path / 'degraded'
+    degraded.mkdir()
+    (degraded / 'a.png').write_bytes(b'somebody else made this')
+    (degraded / 'notes.txt').write_text('mine')
+    before = contents(degraded)
+    with pytest.raises(EnhanceError) as error:
+        crappified(photos, degraded)
     assert 'a.png' in one_line(error)
-    assert contents(bad) == before
+    assert contents(degraded) == before
 
 
 def test_foreign_photo_beside_ours_is_refused_before_anything_is_changed(photos, tmp_path):
-    bad = tmp_path / 'bad'
-    crappified(photos, bad)
+    degraded = tmp_path / 'degraded'
+    crappified(photos, degraded)
     smooth_photo().save(photos / 'new.png')
-    (bad / 'new.png').write_bytes(b'somebody else made this')
-    before = contents(bad)
-    with pytest.raises(PhotoError):
-        crappified(photos, bad, seed=1)
-    assert contents(bad) == before
+    (degraded / 'new.png').write_bytes(b'somebody else made this')
+    before = contents(degraded)
+    with pytest.raises(EnhanceError):
+        crappified(photos, degraded, seed=1)
+    assert contents(degraded) == before
 
 
 @pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('first_run', [False, True])
 def test_foreign_photos_in_good_path_are_refused_and_untouched(photos, tmp_path, first_run, seed):
-    "Also when the bad ones are of an earlier run: it made none of what is in the other folder."
-    bad, album = tmp_path / 'bad', tmp_path / 'album'
+    "Also when the degraded ones are of an earlier run: it made none of what is in the other folder."
+    degraded, album = tmp_path / 'degraded', tmp_path / 'album'
     if first_run:
-        crappified(photos, bad)
+        crappified(photos, degraded)
     shutil.copytree(photos, album)
     before = contents(album)
-    with pytest.raises(PhotoError) as error:
-        crappified(photos, bad, seed=seed, good_path=album)
+    with pytest.raises(EnhanceError) as error:
+        crappified(photos, degraded, seed=seed, clean_path=album)
     one_line(error)
     assert contents(album) == before
 
 
 @pytest.mark.parametrize('text', ['a,b\n1,2\n', '', 'fname\na.png\n', '\x00\n'])
 def test_foreign_table_is_refused_and_untouched(photos, tmp_path, text):
-    bad = tmp_path / 'bad'
-    bad.mkdir()
-    (bad / 'crappify.csv').write_text(text)
-    with pytest.raises(PhotoError) as error:
-        crappified(photos, bad)
+    degraded = tmp_path / 'degraded'
+    degraded.mkdir()
+    (degraded / 'crappify.csv').write_text(text)
+    with pytest.raises(EnhanceError) as error:
+        crappified(photos, degraded)
     assert 'crappify.csv' in one_line(error)
-    assert (bad / 'crappify.csv').read_text() == text
+    assert (degraded / 'crappify.csv').read_text() == text
 
 
 def test_other_files_in_the_output_stay(photos, tmp_path):
-    bad = tmp_path / 'bad'
-    (bad / 'sub').mkdir(parents=True)
+    degraded = tmp_path / 'degraded'
+    (degraded / 'sub').mkdir(parents=True)
     others = {'notes.txt': 'mine', 'sub/holiday.png': 'mine', '.part': 'mine', 'x.part': 'mine'}
     for name, text in others.items():
-        (bad / name).write_text(text)
-    crappified(photos, bad)
-    assert {name: (bad / name).read_text() for name in others} == others
+        (degraded / name).write_text(text)
+    crappified(photos, degraded)
+    assert {name: (degraded / name).read_text() for name in others} == others
 
 
 def outputs_that_overlap(photos, tmp_path):
     (tmp_path / 'link').symlink_to(photos)
     yield 'the same', photos
-    yield 'inside', photos / 'bad'
+    yield 'inside', photos / 'degraded'
     yield 'around', tmp_path
     yield 'by another way', photos / 'sub' / '..'
     yield 'a link', tmp_path / 'link'
@@ -1044,18 +1041,18 @@ def test_overlapping_folders_are_refused(photos, tmp_path):
     for what, out in outputs_that_overlap(photos, tmp_path):
         for call in (
             lambda out=out: crappified(photos, out),
-            lambda out=out: crappified(photos, tmp_path / 'bad', good_path=out),
+            lambda out=out: crappified(photos, tmp_path / 'degraded', clean_path=out),
             lambda out=out: resize_folder(photos, out, 16, 1, False),
         ):
-            with pytest.raises(PhotoError) as error:
+            with pytest.raises(EnhanceError) as error:
                 call()
             assert one_line(error), what
-    with pytest.raises(PhotoError):
-        crappified(photos, tmp_path / 'bad', good_path=tmp_path / 'bad')
-    with pytest.raises(PhotoError):
-        crappified(photos, tmp_path / 'bad', good_path=tmp_path / 'bad' / 'good')
+    with pytest.raises(EnhanceError):
+        crappified(photos, tmp_path / 'degraded', clean_path=tmp_path / 'degraded')
+    with pytest.raises(EnhanceError):
+        crappified(photos, tmp_path / 'degraded', clean_path=tmp_path / 'degraded' / 'clean')
     assert contents(photos) == before
-    assert not (tmp_path / 'bad').exists()
+    assert not (tmp_path / 'degraded').exists()
 
 
 def test_folders_that_are_none(photos, tmp_path):
@@ -1064,17 +1061,17 @@ def test_folders_that_are_none(photos, tmp_path):
     for what, call in {
         'output is a file': lambda: crappified(photos, tmp_path / 'file'),
         'good_path is a file': lambda: crappified(
-            photos, tmp_path / 'bad', good_path=tmp_path / 'file'
+            photos, tmp_path / 'degraded', clean_path=tmp_path / 'file'
         ),
-        'output in a file': lambda: crappified(photos, tmp_path / 'file' / 'bad'),
-        'input is missing': lambda: crappified(tmp_path / 'missing', tmp_path / 'bad'),
-        'input is a file': lambda: crappified(tmp_path / 'file', tmp_path / 'bad'),
-        'input is empty': lambda: crappified(tmp_path / 'nothing', tmp_path / 'bad'),
+        'output in a file': lambda: crappified(photos, tmp_path / 'file' / 'degraded'),
+        'input is missing': lambda: crappified(tmp_path / 'missing', tmp_path / 'degraded'),
+        'input is a file': lambda: crappified(tmp_path / 'file', tmp_path / 'degraded'),
+        'input is empty': lambda: crappified(tmp_path / 'nothing', tmp_path / 'degraded'),
     }.items():
-        with pytest.raises(PhotoError) as error:
+        with pytest.raises(EnhanceError) as error:
             call()
         assert one_line(error), what
-        assert not (tmp_path / 'bad').exists(), what
+        assert not (tmp_path / 'degraded').exists(), what
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
@@ -1102,33 +1099,33 @@ def bound_by_permissions(tmp_path):
 @pytest.mark.parametrize('mode', [0o555, 0o444, 0o000])
 @pytest.mark.parametrize('with_part', [False, True])
 def test_output_that_may_not_be_written_is_named(photos, tmp_path, mode, with_part):
-    bad = tmp_path / 'bad'
-    bad.mkdir()
+    degraded = tmp_path / 'degraded'
+    degraded.mkdir()
     if with_part:
-        (bad / '.enhance-0-0.part').touch()
-    bad.chmod(mode)
+        (degraded / '.enhance-0-0.part').touch()
+    degraded.chmod(mode)
     try:
-        with bound_by_permissions(tmp_path), pytest.raises(PhotoError) as error:
-            crappified(photos, bad)
+        with bound_by_permissions(tmp_path), pytest.raises(EnhanceError) as error:
+            crappified(photos, degraded)
     finally:
-        bad.chmod(0o755)
-    assert 'bad' in one_line(error)
+        degraded.chmod(0o755)
+    assert 'degraded' in one_line(error)
 
 
 def test_recipe_that_changes_the_good_photo_needs_a_folder_for_it(photos, tmp_path):
     for settings_ in ({'recipe': 'jpeg10'}, {'recipe': 'any-kernel'}, {'size': 20}):
-        with pytest.raises(PhotoError) as error:
-            crappified(photos, tmp_path / 'bad', **settings_)
+        with pytest.raises(EnhanceError) as error:
+            crappified(photos, tmp_path / 'degraded', **settings_)
         assert 'good_path' in one_line(error)
-    assert not (tmp_path / 'bad').exists()
+    assert not (tmp_path / 'degraded').exists()
 
 
 @pytest.mark.parametrize('settings_', [{'size': 0}, {'size': -3}, {'seed': -1}, {'n_workers': 0}])
 def test_settings_that_are_not_possible(photos, tmp_path, settings_):
-    with pytest.raises(PhotoError) as error:
-        crappified(photos, tmp_path / 'bad', good_path=tmp_path / 'good', **settings_)
+    with pytest.raises(EnhanceError) as error:
+        crappified(photos, tmp_path / 'degraded', clean_path=tmp_path / 'clean', **settings_)
     assert str(next(iter(settings_.values()))) in one_line(error)
-    assert not (tmp_path / 'bad').exists(), 'nothing is left of a run that could not start'
+    assert not (tmp_path / 'degraded').exists(), 'nothing is left of a run that could not start'
 
 
 def test_resize_folder_makes_the_shorter_side_exact(photos, tmp_path):
@@ -1145,7 +1142,7 @@ def test_resize_folder_makes_the_shorter_side_exact(photos, tmp_path):
             if name.endswith('.png'):
                 assert same(new, old.resize(new.size, Image.Resampling.BICUBIC))
     assert resize_folder(photos, small, 131, 1, False).kept == len(NAMES)
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         resize_folder(photos, tmp_path / 'none', 0, 1, False)
 
 
@@ -1154,7 +1151,7 @@ def test_resize_folder_makes_the_shorter_side_exact(photos, tmp_path):
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
-    "24 photos, and what an uninterrupted run makes of them: photos, bad, good."
+    "24 photos, and what an uninterrupted run makes of them: photos, degraded, clean."
     base = tmp_path_factory.mktemp('many')
     (base / 'photos').mkdir()
     for i in range(24):
@@ -1166,7 +1163,7 @@ def many(tmp_path_factory):
 
 def run_many(photos, base, n_workers):
     return crappify_folder(
-        photos, base / 'bad', 'wild', 5, 128, base / 'good', 'png', n_workers, progress=False
+        photos, base / 'degraded', 'wild', 5, 128, base / 'clean', 'png', n_workers, progress=False
     )
 
 
@@ -1238,7 +1235,7 @@ def test_killed_at_any_moment_and_run_again(many, finished, more, n_workers):
             Image.open(path).load()  # raises OSError where half of it is missing
         report = run_many(many / 'photos', base, 1)
         assert report.made + report.kept == 24 and not report.failed
-        for half in ('bad', 'good'):
+        for half in ('degraded', 'clean'):
             assert contents(base / half) == contents(many / half), 'not as if never killed'
 
 
@@ -1252,7 +1249,7 @@ def test_killed_over_and_over_the_same_run_gets_done(many, tmp_path):
         run.wait()
         wait_until(lambda marker=marker: not alive(marker), 5)
     assert run_many(many / 'photos', base, 2).kept > 0
-    for half in ('bad', 'good'):
+    for half in ('degraded', 'clean'):
         assert contents(base / half) == contents(many / half)
 
 
@@ -1269,7 +1266,7 @@ def test_killed_worker_gives_a_sentence_and_the_next_run_goes_on(tmp_path):
     names = [f'{i}.png' for i in range(40)]
     work = (end_own_process, {n: Path(n) for n in names}, [tmp_path / 'out'], 'log.csv')
     job = {n: 'kill' if n == '20.png' else 'go on' for n in names}
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         run_folder(*work, job.get, 2, progress=False)
     assert 'Run again' in one_line(error)
     report = run_folder(*work, job.get, 2, progress=False)
@@ -1278,12 +1275,16 @@ def test_killed_worker_gives_a_sentence_and_the_next_run_goes_on(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed(photos, tmp_path):
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
-    left = [bad / '.enhance-a.part', bad / 'sub' / '.enhance-b-1.part', good / '.enhance-c-2.part']
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
+    left = [
+        degraded / '.enhance-a.part',
+        degraded / 'sub' / '.enhance-b-1.part',
+        clean / '.enhance-c-2.part',
+    ]
     for part in left:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(b'half a photo')
-    crappified(photos, bad, good_path=good)
+    crappified(photos, degraded, clean_path=clean)
     assert not any(part.exists() for part in left)
 
 
@@ -1323,7 +1324,7 @@ def test_run_leaves_no_threads_or_processes(photos, tmp_path):
     import multiprocessing
 
     threads = set(threading.enumerate())
-    crappified(photos, tmp_path / 'bad', n_workers=2)
+    crappified(photos, tmp_path / 'degraded', n_workers=2)
     assert multiprocessing.active_children() == []
     assert set(threading.enumerate()) <= threads
 
@@ -1344,23 +1345,23 @@ def flat(tmp_path):
 def test_pair_equals_what_the_folder_run_writes(flat, tmp_path):
     from fastai.vision.core import PILImage
 
-    bad, good = tmp_path / 'bad', tmp_path / 'good'
-    crappified(flat, bad, 'wild', 7, 32, good)
+    degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
+    crappified(flat, degraded, 'wild', 7, 32, clean)
     pair = CrappifyPair('wild', 32, 7)
     for path in sorted(flat.iterdir()):
         for source in (path, str(path)):
             ours = pair(source)
             assert [type(photo) for photo in ours] == [PILImage, PILImage]
-            assert same(ours[0], open_photo(bad / path.name))
-            assert same(ours[1], open_photo(good / path.name))
+            assert same(ours[0], open_photo(degraded / path.name))
+            assert same(ours[1], open_photo(clean / path.name))
 
 
 def test_pair_of_gray_photos_is_black_and_white(flat):
     from fastai.vision.core import PILImageBW
 
-    bad, good = CrappifyPair('skyline', seed=0)(flat / '0.png')
-    assert type(bad) is type(good) is PILImageBW
-    assert bad.mode == good.mode == 'L' and bad.size == (1024, 1024)
+    degraded, clean = CrappifyPair('skyline', seed=0)(flat / '0.png')
+    assert type(degraded) is type(clean) is PILImageBW
+    assert degraded.mode == clean.mode == 'L' and degraded.size == (1024, 1024)
 
 
 def test_pair_without_a_seed_follows_that_of_numpy(flat):
@@ -1430,7 +1431,7 @@ def test_widget_shows_a_picture_where_there_is_no_kernel():
     assert '/' not in bundle['text/plain'], 'no place on a disk'
 
 
-# Colour profiles
+# Color profiles
 
 
 @pytest.mark.parametrize('op', [op for op in OPERATIONS if op != 'gray'])
@@ -1441,7 +1442,7 @@ def test_profile_outlives_every_operation(op):
     assert apply_steps(photo, [[op, parameters]]).info['icc_profile'] == b'a profile'
 
 
-def test_profile_of_colours_is_dropped_with_the_colours():
+def test_profile_of_colors_is_dropped_with_the_colors():
     photo = smooth_photo()
     photo.info = {'icc_profile': b'a profile', 'dpi': (72, 72)}
     assert apply_steps(photo, [['gray', {}]]).info == {'dpi': (72, 72)}
@@ -1471,17 +1472,17 @@ def test_workers_start_where_processes_are_not_forked(photos, tmp_path, method):
         'from enhance_lib.crappify import crappify_folder\n'
         'print(crappify_folder(sys.argv[2], sys.argv[3], seed=1, n_workers=2, progress=False))'
     )
-    command = [sys.executable, '-c', code, method, photos, tmp_path / 'bad']
+    command = [sys.executable, '-c', code, method, photos, tmp_path / 'degraded']
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == f'Photos: made {len(NAMES)}, there already 0, failed 0', (
         done.stderr
     )
     crappified(photos, tmp_path / 'here', seed=1)
-    assert contents(tmp_path / 'bad') == contents(tmp_path / 'here')
+    assert contents(tmp_path / 'degraded') == contents(tmp_path / 'here')
 
 
 def test_pair_of_a_photo_in_a_subfolder_is_that_of_the_folder_run(photos, tmp_path):
-    crappified(photos, tmp_path / 'bad', 'wild', 2, format='png')
+    crappified(photos, tmp_path / 'degraded', 'wild', 2, format='png')
     pair = CrappifyPair('wild', seed=2, path=photos)
-    bad, _ = pair(photos / 'sub' / 'deeper' / 'c d.bmp')
-    assert same(bad, open_photo(tmp_path / 'bad' / 'sub' / 'deeper' / 'c d.png'))
+    degraded, _ = pair(photos / 'sub' / 'deeper' / 'c d.bmp')
+    assert same(degraded, open_photo(tmp_path / 'degraded' / 'sub' / 'deeper' / 'c d.png'))

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from enhance_lib import photos
-from enhance_lib.photos import (
+from enhance_lib.enhance_lib import photos
+from enhance_lib.toolbox.datasets import (
     DATASETS,
-    PhotoError,
     PhotoSet,
     data_folder,
     datasets_markdown,
     datasets_table,
-    find_photos,
     get_dataset,
 )
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import find_photos
 
 
 def photo():
@@ -109,7 +109,7 @@ def offer(server, monkeypatch):
             'url': f'{server.url}/files/set{suffix}',
             'size': len(data),
             'checksum': 'sha256:' + hashlib.sha256(data).hexdigest(),
-            'licence': 'CC0',
+            'license': 'CC0',
             'cite': 'nobody',
             'photos': 'top/images',
         }
@@ -120,8 +120,8 @@ def offer(server, monkeypatch):
 
 @contextmanager
 def refused(*words):
-    "A `PhotoError` of one line that holds all the words."
-    with pytest.raises(PhotoError) as caught:
+    "A `EnhanceError` of one line that holds all the words."
+    with pytest.raises(EnhanceError) as caught:
         yield caught
     message = str(caught.value)
     assert '\n' not in message
@@ -418,7 +418,7 @@ def test_the_real_table():
     for name, row in DATASETS.items():
         assert row.name == name
         assert row.url.startswith('https://')
-        assert row.about and row.licence and row.cite
+        assert row.about and row.license and row.cite
         if row.login:
             continue
         assert row.size > 0
@@ -435,11 +435,11 @@ def test_datasets_markdown_and_table():
     for name, row in DATASETS.items():
         section = sections[name]
         assert section.startswith(name + '\n')
-        for what in row.about, f'<{row.url}>', row.licence, row.cite:
+        for what in row.about, f'<{row.url}>', row.license, row.cite:
             assert what in section
         assert (row.checksum or 'none published') in section
         assert ('login' in section) == row.login
-        assert table.loc[name, 'licence'] == row.licence
+        assert table.loc[name, 'license'] == row.license
     assert '3,531 MB' in sections['div2k-train']
     assert '`bsds500/BSR/BSDS500/data/images`' in sections['bsds500']
     assert page.endswith('\n') and '\n\n\n' not in page

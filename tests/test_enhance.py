@@ -27,33 +27,30 @@ from torch import nn
 from torch.nn import functional as F
 
 import enhance_lib.enhance as module
-from enhance_lib import command_line
+from enhance_lib.enhance_lib import command_line
 from enhance_lib.crappify import jpeg
+from enhance_lib.applications.batch import enhance_folder
+from enhance_lib.applications.evaluate import model_table
+from enhance_lib.applications.image2 import compare, predict, upgrade
 from enhance_lib.enhance import (
-    Look,
+    Inspection,
     Plan,
-    as_photo,
     choose,
-    compare,
     detail_share,
     enhance,
-    enhance_folder,
     find_scale_factor,
-    fitting_tile,
     flat_share,
     follow,
     jpeg_quality,
-    model_table,
     noise_level,
-    open_pixels,
     plan_for,
-    predict,
-    run_tiles,
-    save_pixels,
-    upgrade,
 )
-from enhance_lib.photos import PhotoError, open_photo, sample_photo, save_photo
-from enhance_lib.workbench import PhotoModel, load_model, published
+from enhance_lib.toolbox.files import as_photo, open_pixels, save_pixels
+from enhance_lib.toolbox.tiles import fitting_tile, run_tiles
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import open_photo, save_photo
+from enhance_lib.toolbox.models import PhotoModel, load_model, published
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='uses signals and limits of Unix')
 
@@ -194,7 +191,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, dtype):
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
-        with pytest.raises(PhotoError, match='could not be written'):
+        with pytest.raises(EnhanceError, match='could not be written'):
             save_pixels(array(200, 200, 3, dtype), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -252,7 +249,7 @@ def test_detail_of_waves_that_are_known():
 @pytest.mark.parametrize('quality', [None, 30, 91, 92, 95, 96, 100])
 def test_the_rule_says_what_it_does(quality, scale):
     for noise, detail, flat in itertools.product((0.0, 9.0), (0.001, 0.5), (0.1, 0.9)):
-        plan = choose(Look(1, quality, noise, detail, flat), scale)
+        plan = choose(Inspection(1, quality, noise, detail, flat), scale)
         nothing = quality >= 96 if quality else flat == 0.9
         assert (plan.clean is None) == nothing
         assert ('halved' in plan.why) == (plan.shrink == 2)
@@ -281,7 +278,7 @@ def test_drawings_are_not_cleaned(tmp_path):
     assert 'jpeg-blind' in enhance(tmp_path / 'a.jpg').plan.why
 
 
-def test_flat_share_counts_neighbours():
+def test_flat_share_counts_neighbors():
     assert flat_share(Image.new('RGB', (40, 30), 'navy')) == 1
     half = np.zeros((2, 5, 3), np.uint8)
     half[:, 3:, 2] = 9  # one change in four, and in one channel only
@@ -416,7 +413,7 @@ def test_the_networks_that_see_the_whole_photo_are_known():
 
 
 def test_no_seam_shows_where_tiles_differ():
-    "A network whose result depends on the whole tile: neighbours fade into each other."
+    "A network whose result depends on the whole tile: neighbors fade into each other."
 
     class Mean(Same):
         exact, margin = False, 4
@@ -455,7 +452,7 @@ def test_tiles_are_halved_until_they_fit(error):
 
 
 def test_no_memory_even_for_the_least_tile():
-    with pytest.raises(PhotoError, match='not enough memory on cpu even for tiles of 32 pixels'):
+    with pytest.raises(EnhanceError, match='not enough memory on cpu even for tiles of 32 pixels'):
         run_tiles(Needs(10), array(100, 100, 3), 'cpu')
 
 
@@ -482,19 +479,19 @@ def test_tile_fits_what_is_free(monkeypatch):
 
 @pytest.mark.parametrize('tile', [31, 0, -5])
 def test_tiles_that_are_not_possible(tile):
-    with pytest.raises(PhotoError, match=f'A tile of {tile} pixels is not possible: 32 or more'):
+    with pytest.raises(EnhanceError, match=f'A tile of {tile} pixels is not possible: 32 or more'):
         run_tiles(Same(), array(9, 9, 3), 'cpu', tile=tile)
-    with pytest.raises(PhotoError, match='overlap of -1 pixels'):
+    with pytest.raises(EnhanceError, match='overlap of -1 pixels'):
         run_tiles(Same(), array(9, 9, 3), 'cpu', overlap=-1)
 
 
-def test_spoilt_weights_are_said_to_be():
-    class Spoilt(Same):
+def test_spoiled_weights_are_said_to_be():
+    class Spoiled(Same):
         def forward(self, x):
             return x * torch.nan
 
-    with pytest.raises(PhotoError, match='NaN'):
-        enhance(Image.new('RGB', (20, 20)), model=Spoilt())
+    with pytest.raises(EnhanceError, match='NaN'):
+        enhance(Image.new('RGB', (20, 20)), model=Spoiled())
 
 
 # The API of Image 2.0
@@ -661,7 +658,7 @@ def test_strength_mixes(cat):
     assert enhance(cat, 'srcnn-x2', 2, strength=0).photo.tobytes() == larger.tobytes()
 
 
-def test_colours_of_large_areas_are_kept(cat):
+def test_colors_of_large_areas_are_kept(cat):
     class Redder(Same):
         def forward(self, x):
             return (x + x.new_tensor([0.1, 0, -0.05])[:, None, None]).clamp(0, 1)
@@ -695,7 +692,7 @@ def enhance_bytes(pixels, model, scale):
         return enhance(path.read_bytes(), model, scale).pixels
 
 
-def test_alpha_is_enlarged_beside_the_colours(cat):
+def test_alpha_is_enlarged_beside_the_colors(cat):
     photo = cat.convert('RGBA')
     alpha = cat.convert('L')
     photo.putalpha(alpha)
@@ -744,7 +741,7 @@ def test_buffers_are_photos_and_text_is_none(cat, tmp_path):
         got = enhance(kind(path.read_bytes()), 'srcnn-jpeg20', 1)
         assert got.photo.tobytes() == enhance(path, 'srcnn-jpeg20', 1).photo.tobytes()
     for encoding in ('latin-1', 'utf-8'):
-        with path.open(encoding=encoding) as file, pytest.raises(PhotoError, match='as text'):
+        with path.open(encoding=encoding) as file, pytest.raises(EnhanceError, match='as text'):
             enhance(file)
 
 
@@ -805,33 +802,33 @@ def test_it_shows_itself(cat):
     ],
 )
 def test_settings_that_are_not_possible(cat, wrong, words):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         enhance(cat, **wrong)
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
 def test_an_unknown_model_is_answered_with_those_there_are(cat):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         enhance(cat, 'no such thing at all')
     assert all(name in str(error.value) for name in published())
 
 
 def test_a_photo_past_the_limit_may_stay_as_large_as_it_is(cat):
     assert enhance(cat, scale=1, max_pixels=10).photo.size == cat.size
-    with pytest.raises(PhotoError, match=r'240×160 pixels, more than 10\.'):
+    with pytest.raises(EnhanceError, match=r'240×160 pixels, more than 10\.'):
         enhance(cat, scale=2, max_pixels=10)
-    with pytest.raises(PhotoError, match='more than 100,000,000'):
+    with pytest.raises(EnhanceError, match='more than 100,000,000'):
         predict(Same(), cat, 200)
 
 
 @pytest.mark.parametrize('content', [b'', b'no photo', b'\x89PNG\r\n\x1a\n' + 30 * b'\x10'])
 def test_files_that_are_no_photos(tmp_path, content):
     (tmp_path / 'a.png').write_bytes(content)
-    with pytest.raises(PhotoError, match=r'a\.png'):
+    with pytest.raises(EnhanceError, match=r'a\.png'):
         enhance(tmp_path / 'a.png')
-    with pytest.raises(PhotoError, match='mine'):
+    with pytest.raises(EnhanceError, match='mine'):
         enhance(content, name='mine')
-    with pytest.raises(PhotoError, match=r'gone\.png'):
+    with pytest.raises(EnhanceError, match=r'gone\.png'):
         enhance(tmp_path / 'gone.png')
 
 
@@ -844,7 +841,7 @@ def test_a_program_in_weights_is_not_run(cat, tmp_path):
     for name in ('evil.safetensors', 'evil.pth'):
         (tmp_path / name).write_bytes(pickle.dumps(Evil()))
         (tmp_path / 'evil.json').write_text(json.dumps(card))
-        with pytest.raises(PhotoError):
+        with pytest.raises(EnhanceError):
             enhance(cat, tmp_path / name)
     assert not (tmp_path / 'ran').exists()
 
@@ -912,7 +909,7 @@ def test_folders_with_comparisons_and_another_format(tmp_path):
 @pytest.mark.parametrize('scale, model', [(0, None), (math.nan, None), (1, 'srcnn-3x')])
 def test_nothing_is_written_for_settings_that_are_not_possible(tmp_path, scale, model):
     photos = make_photos(tmp_path / 'photos', 1)
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         enhance_folder(photos, tmp_path / 'out', model, scale)
     assert not (tmp_path / 'out').exists()
 

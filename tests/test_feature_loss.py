@@ -7,19 +7,16 @@ from fastai.metrics import LossMetrics
 from torch import nn
 from torch.nn import functional as F
 
-from enhance_lib.feature_loss import (
-    LAYERS,
-    PRESETS,
-    FeatureLoss,
-    PerceptualLossVGG16,
-    feature_extractor,
-    feature_loss,
-    gram_matrix,
-)
+from enhance_lib.applications.image2 import PerceptualLossVGG16
+from enhance_lib.feature_loss import FeatureLoss, PRESETS, feature_loss, gram_matrix
+from enhance_lib.toolbox.features import LAYERS, feature_extractor
 from enhance_lib.jpeg_restorer import ImageRestorer, restorer_learner
-from enhance_lib.measure import FeatureNet, feature_distance, measuring_net
-from enhance_lib.photos import Budget, PhotoError, sample_photos
-from enhance_lib.workbench import recipe_dls
+from enhance_lib.measure import feature_distance
+from enhance_lib.toolbox.features import FeatureNet, measuring_net
+from enhance_lib.toolbox.datasets import sample_photos
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.show import Budget
+from enhance_lib.toolbox.pairs import recipe_dls
 
 
 def batch(*shape, seed=0):
@@ -47,8 +44,8 @@ def two_layers():
     return known_net([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]], [[1.0, -1.0]])
 
 
-def colour(red, green, blue=0.0, size=2):
-    "A picture of one colour."
+def color(red, green, blue=0.0, size=2):
+    "A picture of one color."
     return torch.tensor([red, green, blue]).view(1, 3, 1, 1).expand(1, 3, size, size).clone()
 
 
@@ -57,7 +54,7 @@ def test_the_loss_by_hand(two_layers):
     Its Gram matrix, each product summed over 4 places and divided by 2·4: (1, .5, .5, .25)/2, mean
     .28125. Second: .5, and its Gram matrix .25·4/4 = .25."""
     loss = FeatureLoss(two_layers, features=(10.0, 100.0), gram=(32.0, 1000.0), pixel=4.0)
-    total = float(loss(colour(0.0, 0.0), colour(0.5, 0.25)))
+    total = float(loss(color(0.0, 0.0), color(0.5, 0.25)))
     assert total == pytest.approx(4 * 0.25 + 10 * 0.75 + 100 * 0.5 + 32 * 0.28125 + 1000 * 0.25)
     assert {name: float(term) for name, term in loss.terms.items()} == pytest.approx(
         {'pixel': 1.0, 'features_0': 7.5, 'features_1': 50.0, 'gram_0': 9.0, 'gram_1': 250.0}
@@ -67,7 +64,7 @@ def test_the_loss_by_hand(two_layers):
 
 def test_what_weighs_nothing_is_left_out(two_layers):
     loss = FeatureLoss(two_layers, features=(0.0, 1.0), gram=(), pixel=0.0)
-    assert float(loss(colour(0.0, 0.0), colour(0.5, 0.25))) == pytest.approx(0.5)
+    assert float(loss(color(0.0, 0.0), color(0.5, 0.25))) == pytest.approx(0.5)
     assert set(loss.terms) == {'features_1'}
     with pytest.raises(AttributeError, match='gram_0'):
         loss.gram_0  # noqa: B018
@@ -75,15 +72,15 @@ def test_what_weighs_nothing_is_left_out(two_layers):
 
 def test_features_are_divided(two_layers):
     loss = FeatureLoss(two_layers, features=(0.0, 1.0), gram=(0.0, 1.0), pixel=0.0, divide=5.0)
-    total = float(loss(colour(0.0, 0.0), colour(0.5, 0.25)))
+    total = float(loss(color(0.0, 0.0), color(0.5, 0.25)))
     assert total == pytest.approx(0.5 / 5 + 0.25 / 25)
 
 
 def test_features_of_unit_length(two_layers):
     "Nothing against (1, .5) made one long: 1; a photo half as bright has the same features then."
     loss = FeatureLoss(two_layers, features=(1.0,), gram=(), pixel=0.0, unit=True)
-    assert float(loss(colour(0.0, 0.0), colour(0.5, 0.25))) == pytest.approx(1)
-    assert float(loss(colour(0.25, 0.125), colour(0.5, 0.25))) == pytest.approx(0, abs=1e-6)
+    assert float(loss(color(0.0, 0.0), color(0.5, 0.25))) == pytest.approx(1)
+    assert float(loss(color(0.25, 0.125), color(0.5, 0.25))) == pytest.approx(0, abs=1e-6)
 
 
 def test_features_of_unit_length_are_the_feature_distance():
@@ -282,13 +279,13 @@ def test_weights_of_another_network(tmp_path):
 
     file = tmp_path / 'other.pth'
     torch.save(squeezenet1_1().state_dict(), file)
-    with pytest.raises(PhotoError, match=r'other.pth.*VGG \(vgg16\)'):
+    with pytest.raises(EnhanceError, match=r'other.pth.*VGG \(vgg16\)'):
         feature_extractor('vgg16', weights=file)
 
 
 def test_without_weights_the_loss_says_where_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setenv('ENHANCE_FEATURES', str(tmp_path / 'nowhere.pth'))
-    with pytest.raises(PhotoError, match='nowhere.pth.*ENHANCE_FEATURES'):
+    with pytest.raises(EnhanceError, match='nowhere.pth.*ENHANCE_FEATURES'):
         FeatureLoss()
 
 
@@ -325,19 +322,19 @@ def test_the_environment_names_the_weights_of_squeezenet_only(tmp_path, monkeypa
 def test_a_network_or_layer_that_is_not_there(arguments, words):
     left = (None, False)[len(arguments) - 1 :]
     options = dict(zip(('network', 'layers', 'before_activation'), (*arguments, *left)))
-    with pytest.raises(PhotoError, match=words):
+    with pytest.raises(EnhanceError, match=words):
         feature_extractor(**options, weights='random')
 
 
 def test_an_unknown_preset_suggests_another():
-    with pytest.raises(PhotoError, match="'squeezenett'.*squeezenet"):
+    with pytest.raises(EnhanceError, match="'squeezenett'.*squeezenet"):
         feature_loss('squeezenett')
 
 
 # timm
 
 
-def test_stages_of_timm_are_normalised_as_it_was_trained():
+def test_stages_of_timm_are_normalized_as_it_was_trained():
     import timm
 
     net = feature_extractor('resnet10t', (1, 3), weights='random')
@@ -369,9 +366,9 @@ def test_timm_without_a_network_or_file(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', str(tmp_path))
-    with pytest.raises(PhotoError, match='timm can not give the features of resnet10t'):
+    with pytest.raises(EnhanceError, match='timm can not give the features of resnet10t'):
         feature_extractor('resnet10t')
-    with pytest.raises(PhotoError, match='resnet10t'):
+    with pytest.raises(EnhanceError, match='resnet10t'):
         feature_extractor('resnet10t', weights=tmp_path / 'nowhere.safetensors')
 
 
@@ -396,7 +393,7 @@ def test_timm_without_a_network_or_file(monkeypatch, tmp_path):
 )
 def test_batches_that_can_not_be_compared(prediction, target, words):
     loss = FeatureLoss(feature_extractor(weights='random'))
-    with pytest.raises(PhotoError, match=words):
+    with pytest.raises(EnhanceError, match=words):
         loss(prediction, target)
 
 
@@ -404,15 +401,15 @@ def test_batches_that_can_not_be_compared(prediction, target, words):
 def test_more_weights_than_layers(kind, two_layers):
     weights = {'features': (), 'gram': (), kind: (0.0, 1.0, 1.0)}
     loss = FeatureLoss(two_layers, **weights)
-    with pytest.raises(PhotoError, match=f'gives 2 layers.*{kind}_2'):
-        loss(colour(0.0, 0.0), colour(0.5, 0.25))
+    with pytest.raises(EnhanceError, match=f'gives 2 layers.*{kind}_2'):
+        loss(color(0.0, 0.0), color(0.5, 0.25))
 
 
 def test_a_network_that_begins_may_be_far_off():
     loss = FeatureLoss(feature_extractor(weights='random'))
-    good = batch(1, 3, 64, 64)
-    assert float(loss(good * 8 - 3, good)) > 0
-    assert loss(good * torch.nan, good).isnan()  # as a scaler of gradients expects it
+    clean = batch(1, 3, 64, 64)
+    assert float(loss(clean * 8 - 3, clean)) > 0
+    assert loss(clean * torch.nan, clean).isnan()  # as a scaler of gradients expects it
 
 
 def test_gray_photos():
@@ -425,14 +422,14 @@ def test_gray_photos():
 def test_a_learner_shows_the_terms():
     "fastai finds them as attributes of the loss; they are means over the validation set."
     photos = [*sample_photos('train').values()][:2]
-    dls = recipe_dls(photos, photos, 'jpeg10', size=64, bs=2, turn=False)
+    dls = recipe_dls(photos, photos, 'jpeg10', size=64, bs=2, augment=False)
     loss = FeatureLoss(feature_extractor(weights='random'), half=False)
     learn = restorer_learner(dls, ImageRestorer(), loss, half=False)
     learn.metrics = LossMetrics(['pixel', 'features_1', 'gram_3'])
     learn.fit(1, 1e-4)
-    bad, good = dls.valid.one_batch()
+    degraded, clean = dls.valid.one_batch()
     with torch.no_grad():
-        loss(learn.model.eval()(bad), good)
+        loss(learn.model.eval()(degraded), clean)
     told = learn.recorder.values[-1][2:]
     wanted = [float(loss.terms[name]) for name in ('pixel', 'features_1', 'gram_3')]
     assert [float(v) for v in told] == pytest.approx(wanted, rel=1e-3)

@@ -15,40 +15,44 @@ from torch import nn
 from torch.nn import functional as F
 
 import enhance_lib.gan as module
-from enhance_lib.crappify import crappify_folder
+from enhance_lib.applications.batch import crappify_folder
+from enhance_lib.applications.batch import generate_folder
+from enhance_lib.applications.evaluate import (
+    evaluate,
+    evaluation_means,
+    plot_evaluation,
+    save_evaluation,
+)
 from enhance_lib.gan import (
+    Critic,
     LOG_2,
     PUBLISHED,
-    Critic,
-    Watch,
     accuracy,
     critic_dls,
     critic_learner,
     cross_entropy,
-    evaluate,
-    evaluation_means,
     fit_gan,
     gan_learner,
-    generate_folder,
     gradient_penalty,
     missing_detail,
-    plot_evaluation,
-    save_evaluation,
     spectrum_loss,
     train_published,
     wasserstein,
 )
-from enhance_lib.measure import WEIGHTS, FeatureNet, fine_detail, read_card, to_photo, to_tensor
-from enhance_lib.photos import (
-    Budget,
-    PhotoError,
-    PhotoWarning,
-    find_photos,
-    sample_photo,
-    save_photo,
-)
+from enhance_lib.toolbox.adversarial import GANMonitor
+from enhance_lib.measure import fine_detail
+from enhance_lib.toolbox.features import FeatureNet
+from enhance_lib.toolbox.models import WEIGHTS, read_card
+from enhance_lib.toolbox.tensors import to_photo, to_tensor
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError, EnhanceWarning
+from enhance_lib.toolbox.files import find_photos, save_photo
+from enhance_lib.toolbox.show import Budget
 from enhance_lib.unet import UNet
-from enhance_lib.workbench import PhotoModel, load_checkpoint, load_model, recipe_dls, set_seed
+from enhance_lib.toolbox.checkpoints import load_checkpoint
+from enhance_lib.toolbox.models import PhotoModel, load_model
+from enhance_lib.toolbox.pairs import recipe_dls
+from enhance_lib.workbench import set_seed
 
 VAL = SHARED / 'data' / 'bsds500' / 'val'
 has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
@@ -112,17 +116,17 @@ def photos():
 
 @pytest.fixture(scope='module')
 def folders(photos, tmp_path_factory):
-    "Good and bad photos in folders of a folder."
+    "Good and degraded photos in folders of a folder."
     home = tmp_path_factory.mktemp('photos')
     for i, photo in enumerate(photos):
-        save_photo(photo, home / 'good' / f'{i}.png')
-    crappify_folder(home / 'good', home / 'bad', 'gan', progress=False)
+        save_photo(photo, home / 'clean' / f'{i}.png')
+    crappify_folder(home / 'clean', home / 'degraded', 'gan', progress=False)
     return home
 
 
 def dls_of(photos, size=64, bs=2):
     "Pairs by recipe gan."
-    return recipe_dls(photos, photos[:2], 'gan', size=size, bs=bs, turn=False, device='cpu')
+    return recipe_dls(photos, photos[:2], 'gan', size=size, bs=bs, augment=False, device='cpu')
 
 
 def a_game(photos, net, generator=None, critic=None, **options):
@@ -233,7 +237,7 @@ def test_only_who_is_on_trains(photos, net):
 @pytest.mark.parametrize('threshold', [0, -1, LOG_2, 0.7, float('nan')])
 def test_a_threshold_outside_its_range_is_refused(threshold, photos, net):
     "With the range."
-    with pytest.raises(PhotoError, match='more than 0.*less than 0.693'):
+    with pytest.raises(EnhanceError, match='more than 0.*less than 0.693'):
         a_game(photos, net, critic_thresh=threshold)
 
 
@@ -250,10 +254,10 @@ def test_the_losses_by_hand(photos, net):
     learn = a_game(photos, net, critic=Always(2.0), weights=(3.0, 50.0))
     learn.gan_trainer.gen_first = True
     play(learn, 1, 0.0)
-    bad, good = learn.dls.one_batch()
-    adversarial, content = right, float(F.l1_loss(bad, good))
+    degraded, clean = learn.dls.one_batch()
+    adversarial, content = right, float(F.l1_loss(degraded, clean))
     learn.gan_trainer.switch(True)
-    loss = learn.loss_func(bad, good)
+    loss = learn.loss_func(degraded, clean)
     assert float(loss) == pytest.approx(3 * adversarial + 50 * content, rel=1e-5)
 
 
@@ -363,24 +367,24 @@ def test_the_gain_is_of_spectral_norm_alone():
 @pytest.mark.parametrize('size', [(32, 31), (8, 8)])
 def test_a_critic_refuses_pictures_that_are_too_small(size):
     "With the least size."
-    with pytest.raises(PhotoError, match='needs 32×32 pixels or more'):
+    with pytest.raises(EnhanceError, match='needs 32×32 pixels or more'):
         Critic(8)(torch.rand(1, 3, *size))
 
 
 def test_a_critic_and_crops_of_different_sizes_are_refused_before_training(photos, net):
     "Crops of 64 pixels, a critic that needs 128."
-    with pytest.raises(PhotoError, match='needs 128×128 pixels or more, and got 64×64'):
+    with pytest.raises(EnhanceError, match='needs 128×128 pixels or more, and got 64×64'):
         a_game(photos, net, critic=Critic(4, n_blocks=4))
 
 
 def test_a_generator_of_another_size_is_refused_before_training(photos, net):
-    "One that enlarges, for photos that are as large as the bad ones."
+    "One that enlarges, for photos that are as large as the degraded ones."
 
     class Twice(Tint):
         def forward(self, x):
             return F.interpolate(x + self.shift, scale_factor=2)
 
-    with pytest.raises(PhotoError, match='makes 128×128 pixels, and the good photos have 64×64'):
+    with pytest.raises(EnhanceError, match='makes 128×128 pixels, and the clean photos have 64×64'):
         a_game(photos, net, Twice())
 
 
@@ -390,7 +394,7 @@ def test_a_generator_of_another_size_is_refused_before_training(photos, net):
 def test_a_folder_is_generated_once_and_anew_for_other_weights(folders, tmp_path):
     "As PNG; a picture that is missing is made again."
     model = Tint()
-    run = {'path': folders / 'bad', 'generated_path': tmp_path, 'progress': False}
+    run = {'path': folders / 'degraded', 'generated_path': tmp_path, 'progress': False}
     assert generate_folder(model, **run).made == 6
     (tmp_path / '3.png').unlink()
     report = generate_folder(model, **run)
@@ -398,14 +402,16 @@ def test_a_folder_is_generated_once_and_anew_for_other_weights(folders, tmp_path
     with torch.no_grad():
         model.shift += 0.1
     assert generate_folder(model, **run).made == 6
-    bad, made = (np.asarray(Image.open(f / '0.png'), float) for f in (folders / 'bad', tmp_path))
-    assert np.abs(made - np.clip(bad + 25.5, 0, 255)).max() <= 1
+    degraded, made = (
+        np.asarray(Image.open(f / '0.png'), float) for f in (folders / 'degraded', tmp_path)
+    )
+    assert np.abs(made - np.clip(degraded + 25.5, 0, 255)).max() <= 1
 
 
 def test_a_critic_learns_from_both_versions_of_a_crop(folders, tmp_path):
-    "In turn: generated, labelled 0, and the same place of the photo, labelled 1."
-    generate_folder(Tint(), folders / 'good', tmp_path, progress=False)  # does nothing
-    dls = critic_dls(folders / 'good', tmp_path, size=64, bs=4, device='cpu')
+    "In turn: generated, labeled 0, and the same place of the photo, labeled 1."
+    generate_folder(Tint(), folders / 'clean', tmp_path, progress=False)  # does nothing
+    dls = critic_dls(folders / 'clean', tmp_path, size=64, bs=4, device='cpu')
     (fake, no), (photo, yes) = dls.valid_ds[0], dls.valid_ds[1]
     assert (float(no), float(yes)) == (0, 1) and torch.allclose(fake, photo)
     x, labels = dls.one_batch()
@@ -418,18 +424,18 @@ def test_a_critic_learns_from_both_versions_of_a_crop(folders, tmp_path):
 
 def test_an_empty_folder_of_pictures_is_refused(folders, tmp_path):
     "By its name."
-    with pytest.raises(PhotoError, match='empty'):
-        critic_dls(folders / 'good', tmp_path / 'empty')
+    with pytest.raises(EnhanceError, match='empty'):
+        critic_dls(folders / 'clean', tmp_path / 'empty')
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(PhotoError, match='empty'):
-        critic_dls(folders / 'good', tmp_path / 'empty')
+    with pytest.raises(EnhanceError, match='empty'):
+        critic_dls(folders / 'clean', tmp_path / 'empty')
 
 
 # Stopping and going on
 
 
 def whole_game(photos, net, checkpoint, epochs=(2, 2), kill=None, seed=0, generator=None):
-    "A game with everything random; weights of all, what was noted, and the optimiser's state."
+    "A game with everything random; weights of all, what was noted, and the optimizer's state."
     set_seed(0)
     learn = a_game(photos, net, generator or UNet('test_resnet', False), critic_thresh=0.69)
     set_seed(seed)
@@ -459,7 +465,7 @@ def test_a_checkpoint_of_another_model_is_refused(photos, net, tmp_path):
     whole_game(photos, net, tmp_path / 'a', (1, 0), generator=Tint())
     path = tmp_path / 'a.0.ckpt'
     old = path.read_bytes()
-    with pytest.raises(PhotoError, match=r'a\.0\.ckpt.*does not fit this training'):
+    with pytest.raises(EnhanceError, match=r'a\.0\.ckpt.*does not fit this training'):
         whole_game(photos, net, tmp_path / 'a', (1, 0))
     assert path.read_bytes() == old
 
@@ -477,7 +483,7 @@ def test_a_loss_of_nan_stops_the_game(who, photos, net, tmp_path):
 
     learn = a_game(photos, net, critic_thresh=0.69)
     learn.add_cbs([Say(0.1, 0.9, 0.1, 0.1, 0.1, 0.1), Spoil()])
-    with pytest.raises(PhotoError, match=rf'loss of the {who} is nan at step \d.*a\.0\.ckpt'):
+    with pytest.raises(EnhanceError, match=rf'loss of the {who} is nan at step \d.*a\.0\.ckpt'):
         with learn.no_bar(), learn.no_logging():
             fit_gan(learn, (3, 0), checkpoint=tmp_path / 'a')
     step, parts = load_checkpoint(tmp_path / 'a.0.ckpt')
@@ -490,7 +496,7 @@ def test_a_loss_of_nan_stops_the_game(who, photos, net, tmp_path):
 def test_the_best_generator_is_kept(photos, net):
     "Each look is told another feature distance; the weights of the smallest come back."
     learn = a_game(photos, net, critic_thresh=0.69)
-    watch, shift = Watch(1, net), learn.model.generator.shift
+    watch, shift = GANMonitor(1, net), learn.model.generator.shift
     watch.learn, learn.watch = learn, watch
     watch.held_out = list(learn.dls.valid)
     for value in (0.3, 0.0, -0.2):
@@ -513,12 +519,16 @@ def test_evaluate_measures_input_and_models(folders, net):
     from skimage.metrics import peak_signal_noise_ratio
 
     table = evaluate(
-        {'nothing': lambda bad: bad}, folders / 'good', folders / 'bad', net=net, progress=False
+        {'nothing': lambda degraded: degraded},
+        folders / 'clean',
+        folders / 'degraded',
+        net=net,
+        progress=False,
     )
     assert list(table['picture'].unique()) == ['input', 'nothing'] and len(table) == 12
     wide = table.pivot(index='photo', columns='picture', values='PSNR (dB)')
     assert (wide['input'] == wide['nothing']).all()
-    pair = (np.asarray(Image.open(folders / f / '2.png')) for f in ('good', 'bad'))
+    pair = (np.asarray(Image.open(folders / f / '2.png')) for f in ('clean', 'degraded'))
     assert wide.loc['2.png', 'input'] == pytest.approx(peak_signal_noise_ratio(*pair), abs=1e-3)
     assert evaluation_means(table).loc['input', 'PSNR (dB)'] == pytest.approx(wide['input'].mean())
     assert table.attrs['failed'] == []
@@ -536,8 +546,8 @@ def partial_evaluate(folders, net):
     "Three of the photos, made bad by a recipe."
 
     def run(**options):
-        models = {'nothing': lambda bad: bad}
-        return evaluate(models, folders / 'good', sample=3, net=net, progress=False, **options)
+        models = {'nothing': lambda degraded: degraded}
+        return evaluate(models, folders / 'clean', sample=3, net=net, progress=False, **options)
 
     return run
 
@@ -550,26 +560,28 @@ def test_evaluate_keeps_two_files_of_one_name_apart(folders, net, tmp_path):
         for suffix in ('.safetensors', '.json'):
             shutil.copy(WEIGHTS / f'srcnn-jpeg20{suffix}', path.with_suffix(suffix))
     models = [*paths, 'srcnn-jpeg20']
-    table = evaluate(models, folders / 'good', folders / 'bad', net=net, sample=1, progress=False)
+    table = evaluate(
+        models, folders / 'clean', folders / 'degraded', net=net, sample=1, progress=False
+    )
     assert list(table['picture']) == ['input', *map(str, paths), 'srcnn-jpeg20']
 
 
 def test_evaluate_names_what_it_could_not_measure(folders, net, tmp_path):
     "And measures the others; nothing at all is an error."
     for name in ('0.png', '1.png'):
-        save_photo(Image.open(folders / 'bad' / name), tmp_path / name)
-    nothing = {'nothing': lambda bad: bad}
-    with pytest.warns(PhotoWarning, match='4 photos could not be measured'):
-        table = evaluate(nothing, folders / 'good', tmp_path, net=net, progress=False)
+        save_photo(Image.open(folders / 'degraded' / name), tmp_path / name)
+    nothing = {'nothing': lambda degraded: degraded}
+    with pytest.warns(EnhanceWarning, match='4 photos could not be measured'):
+        table = evaluate(nothing, folders / 'clean', tmp_path, net=net, progress=False)
     assert len(table) == 4 and len(table.attrs['failed']) == 4
     (tmp_path / 'none').mkdir()
-    save_photo(Image.open(folders / 'bad' / '0.png'), tmp_path / 'none' / 'other.png')
-    with pytest.raises(PhotoError, match='No photo could be measured'):
-        evaluate(nothing, folders / 'good', tmp_path / 'none', net=net, progress=False)
-    with pytest.raises(PhotoError, match='A sample of 0'):
-        evaluate(nothing, folders / 'good', sample=0, net=net, progress=False)
-    with pytest.raises(PhotoError, match='Name a model'):
-        evaluate([], folders / 'good', net=net)
+    save_photo(Image.open(folders / 'degraded' / '0.png'), tmp_path / 'none' / 'other.png')
+    with pytest.raises(EnhanceError, match='No photo could be measured'):
+        evaluate(nothing, folders / 'clean', tmp_path / 'none', net=net, progress=False)
+    with pytest.raises(EnhanceError, match='A sample of 0'):
+        evaluate(nothing, folders / 'clean', sample=0, net=net, progress=False)
+    with pytest.raises(EnhanceError, match='Name a model'):
+        evaluate([], folders / 'clean', net=net)
 
 
 def test_an_evaluation_is_written_and_drawn(folders, net, tmp_path):
@@ -603,7 +615,7 @@ def test_every_round_of_the_published_training_runs(photos, net, tmp_path, monke
     names = {p.name for p in tmp_path.glob('*.ckpt')}
     wanted = {f'a.{i}.ckpt' for i in range(rounds)} | {'a.game.0.ckpt', 'a.game.1.ckpt'}
     assert names == wanted | {f'a.after{i}.ckpt' for i in range(after)}
-    with pytest.raises(PhotoError, match='unet-gan'):
+    with pytest.raises(EnhanceError, match='unet-gan'):
         train_published('unet-gna', paths, tmp_path / 'b.ckpt', Budget('smoke'))
 
 
@@ -646,10 +658,10 @@ def test_the_card_is_right():
 
     gains, model = [], load_model('unet-gan')
     for path in find_photos(VAL)[::10]:
-        bad, good = RECIPES['gan'].pair(Image.open(path), 0, path.name, 256)
+        degraded, clean = RECIPES['gan'].pair(Image.open(path), 0, path.name, 256)
         before, after = (
-            peak_signal_noise_ratio(np.asarray(good), np.asarray(p))
-            for p in (bad, model.predict(bad))
+            peak_signal_noise_ratio(np.asarray(clean), np.asarray(p))
+            for p in (degraded, model.predict(degraded))
         )
         gains.append(after - before)
     score = on_val('unet-gan')

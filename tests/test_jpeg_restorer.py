@@ -19,26 +19,25 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
-from enhance_lib import jpeg_restorer, workbench
+from enhance_lib.enhance_lib import jpeg_restorer, workbench
 from enhance_lib.crappify import Between, OneOf
-from enhance_lib.jpeg_restorer import (
-    PUBLISHED,
-    WEB,
+from enhance_lib.applications.jpeg_blind import (
     BlindRestorer,
-    ConstrainedRestorer,
-    ConvUnit,
     DamageEstimator,
-    ImageRestorer,
     LearnDamage,
     damage,
     grid_lines,
+)
+from enhance_lib.jpeg_restorer import (
+    ConstrainedRestorer,
+    ConvUnit,
+    ImageRestorer,
+    PUBLISHED,
+    WEB,
     grid_of,
     jpeg_recipe,
-    kernels_apart,
-    last_apart,
     log_mse,
     luma_steps,
-    muon,
     psnr_b,
     restorer_learner,
     root_mse,
@@ -46,25 +45,19 @@ from enhance_lib.jpeg_restorer import (
     summed_mse,
     train_published,
 )
-from enhance_lib.measure import TASKS, read_card, to_tensor
-from enhance_lib.photos import (
-    Budget,
-    PhotoError,
-    open_photo,
-    sample_photo,
-    save_photo,
-)
-from enhance_lib.workbench import (
-    WEIGHTS,
-    AutocastCPU,
-    PhotoModel,
-    load_checkpoint,
-    load_model,
-    recipe_dls,
-    save_checkpoint,
-    save_weights,
-    set_seed,
-)
+from enhance_lib.toolbox.training import last_layer_group, muon, muon_groups
+from enhance_lib.applications.scoreboard import TASKS
+from enhance_lib.toolbox.models import read_card
+from enhance_lib.toolbox.tensors import to_tensor
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import open_photo, save_photo
+from enhance_lib.toolbox.show import Budget
+from enhance_lib.toolbox.checkpoints import load_checkpoint, save_checkpoint
+from enhance_lib.toolbox.models import PhotoModel, WEIGHTS, load_model, save_weights
+from enhance_lib.toolbox.pairs import recipe_dls
+from enhance_lib.toolbox.training import AutocastCPU
+from enhance_lib.workbench import set_seed
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
@@ -169,13 +162,13 @@ def test_bad_is_what_pillow_makes_of_good():
     "Pixel for pixel: so nothing was turned, cut or rounded after the JPEG."
     photos = [sample_photo(n).crop((0, 0, 250, 220)) for n in ('rocket', 'flower', 'brick')]
     dls = recipe_dls(
-        photos, photos, jpeg_recipe(10), 128, bs=3, turn=False, per_photo=3, device='cpu'
+        photos, photos, jpeg_recipe(10), 128, bs=3, augment=False, per_photo=3, device='cpu'
     )
-    for bad, good in [*dls.train, *dls.valid]:
-        assert bad.shape == good.shape == (3, 3, 128, 128)
-        assert bad.dtype == torch.float32
-        assert 0 <= min(bad.min(), good.min()) and max(bad.max(), good.max()) <= 1
-        for b, g in zip(bad, good):
+    for degraded, clean in [*dls.train, *dls.valid]:
+        assert degraded.shape == clean.shape == (3, 3, 128, 128)
+        assert degraded.dtype == torch.float32
+        assert 0 <= min(degraded.min(), clean.min()) and max(degraded.max(), clean.max()) <= 1
+        for b, g in zip(degraded, clean):
             expected = saved_as_jpeg(Image.fromarray(levels(g)), 10)
             assert np.array_equal(levels(b), np.asarray(expected))
 
@@ -188,29 +181,29 @@ def test_bad_is_what_pillow_makes_of_good():
 )
 def test_an_impossible_quality_is_refused(quality):
     "When the recipe is made, not somewhere in a training."
-    with pytest.raises(PhotoError, match='1 to 95') as error:
+    with pytest.raises(EnhanceError, match='1 to 95') as error:
         jpeg_recipe(quality)
     assert str(quality) in str(error.value)
 
 
 @pytest.mark.parametrize('quality', [1, 95, Between(1, 95), OneOf(Between(1, 5), 95)], ids=repr)
 def test_the_worst_and_the_best_quality_are_possible(quality):
-    "The bad photo is Pillow's, of the quality that was drawn."
+    "The degraded photo is Pillow's, of the quality that was drawn."
     photo, recipe = noise_photo(40, 30), jpeg_recipe(quality, '4:4:4', before=())
     drawn = recipe.draw(3)['steps'][0][1]['quality']
-    bad, good = recipe.pair(photo, 3)
-    assert good.tobytes() == photo.tobytes()
-    assert bad.tobytes() == saved_as_jpeg(photo, drawn, subsampling='4:4:4').tobytes()
+    degraded, clean = recipe.pair(photo, 3)
+    assert clean.tobytes() == photo.tobytes()
+    assert degraded.tobytes() == saved_as_jpeg(photo, drawn, subsampling='4:4:4').tobytes()
 
 
 def test_a_photo_smaller_than_the_crop_is_refused():
     "With both sizes."
     photo = noise_photo(100, 90)
     dls = recipe_dls([photo], [photo], jpeg_recipe(10, before=()), 128, device='cpu')
-    with pytest.raises(PhotoError, match='100×90.*128×128'):
+    with pytest.raises(EnhanceError, match='100×90.*128×128'):
         dls.one_batch()
     dls = recipe_dls([photo], [photo], jpeg_recipe(10), 128, device='cpu')
-    with pytest.raises(PhotoError, match='128×128'):
+    with pytest.raises(EnhanceError, match='128×128'):
         dls.one_batch()
 
 
@@ -264,9 +257,9 @@ def test_a_grid_of_paths_is_that_of_the_photos(tmp_path):
 def test_each_crop_of_a_grid_occurs_once_in_an_epoch():
     "The eight crops of one photo are told apart by their first pixel."
     crops = grid_of([place_photo(128, 64)], 32)
-    dls = recipe_dls(crops, crops, jpeg_recipe(before=()), 32, bs=4, turn=False, device='cpu')
+    dls = recipe_dls(crops, crops, jpeg_recipe(before=()), 32, bs=4, augment=False, device='cpu')
     for _ in range(2):
-        seen = [tuple(levels(x)[0, 0, :2]) for _, good in dls.train for x in good]
+        seen = [tuple(levels(x)[0, 0, :2]) for _, clean in dls.train for x in clean]
         assert sorted(seen) == [(x, y) for x in (0, 32, 64, 96) for y in (0, 32)]
 
 
@@ -328,7 +321,7 @@ def test_the_steps_are_those_of_the_standard():
     assert half[:2] == rows and half[7] == [72, 92, 95, 98, 112, 100, 103, 99]
     assert tenth == [[min(5 * step, 255) for step in row] for row in half]
     for quality in (0, 96, 10.5):
-        with pytest.raises(PhotoError, match='1 to 95'):
+        with pytest.raises(EnhanceError, match='1 to 95'):
             luma_steps(quality)
 
 
@@ -345,7 +338,7 @@ def waves_in_steps(change, quality):
 @pytest.mark.parametrize('quality', [10, 60])
 @pytest.mark.parametrize('strength', [0.01, 0.3])
 def test_no_wave_moves_further_than_half_a_step(quality, strength):
-    "Far less or much further than the restorer within wants; colours move as it wants."
+    "Far less or much further than the restorer within wants; colors move as it wants."
     torch.manual_seed(0)
     net, x = ConstrainedRestorer(quality).eval(), torch.rand(1, 3, 24, 40)
     nn.init.normal_(net.last.weight, std=strength)
@@ -431,11 +424,11 @@ def test_no_grid_no_lines():
 
 def test_damage_by_hand():
     "(ln MSE + 7) / 2 of what lies around."
-    good = torch.rand(1, 3, 96, 96)
-    assert torch.allclose(damage(good, good), torch.tensor((math.log(1e-5) + 7) / 2), atol=1e-4)
-    bad = good.clone()
-    bad[..., 48:] += 0.1
-    told = damage(bad, good)[0, 0]
+    clean = torch.rand(1, 3, 96, 96)
+    assert torch.allclose(damage(clean, clean), torch.tensor((math.log(1e-5) + 7) / 2), atol=1e-4)
+    degraded = clean.clone()
+    degraded[..., 48:] += 0.1
+    told = damage(degraded, clean)[0, 0]
     assert told.shape == (12, 12)
     assert torch.allclose(told[:, 9:], torch.tensor((math.log(0.01 + 1e-5) + 7) / 2), atol=1e-3)
     assert torch.allclose(told[:, :3], torch.tensor((math.log(1e-5) + 7) / 2), atol=1e-3)
@@ -459,12 +452,12 @@ def test_the_estimator_tells_four_numbers_for_each_block(size):
     assert found.shape == (2, 4, size[0] // 8, size[1] // 8)
 
 
-@pytest.mark.parametrize('bad, good', [(20, 60), (40, 90)])
-def test_the_published_estimator_tells_bad_from_good(bad, good):
+@pytest.mark.parametrize('degraded, clean', [(20, 60), (40, 90)])
+def test_the_published_estimator_tells_bad_from_good(degraded, clean):
     "And is off by less than 2 dB on a photo that it has not seen."
     model, photo = the_model('jpeg-blind'), sample_photo('cat').crop((0, 0, 320, 240))
     told = []
-    for quality in (bad, good):
+    for quality in (degraded, clean):
         x = to_tensor(saved_as_jpeg(photo, quality))
         with torch.inference_mode():
             model(x)
@@ -479,7 +472,9 @@ def test_the_estimator_learns_while_the_network_is_trained(paths):
     errors = {}
     for name, callbacks in (('with', [LearnDamage()]), ('without', [])):
         set_seed(0)
-        dls = recipe_dls(paths, paths[:2], jpeg_recipe(10), size=32, bs=4, per_photo=8, turn=False)
+        dls = recipe_dls(
+            paths, paths[:2], jpeg_recipe(10), size=32, bs=4, per_photo=8, augment=False
+        )
         learn = restorer_learner(dls, BlindRestorer().start_from(the_model('jpeg-q10')), root_mse)
         learn.fit(2, 1e-3, cbs=callbacks)
         x, y = dls.valid.one_batch()
@@ -626,7 +621,7 @@ def small_dls(bs=4, n=8):
     seed(0)
     photos = [sample_photo('rocket'), sample_photo('flower')]
     return recipe_dls(
-        photos, photos, jpeg_recipe(10), 24, bs=bs, per_photo=n // 2, turn=False, device='cpu'
+        photos, photos, jpeg_recipe(10), 24, bs=bs, per_photo=n // 2, augment=False, device='cpu'
     )
 
 
@@ -640,19 +635,19 @@ def quietly(learn, *args):
 def test_the_last_layer_is_a_group_of_its_own():
     "Together both groups are all parameters, each of them once."
     net = ImageRestorer()
-    body, last = ({id(p) for p in group} for group in last_apart(net))
+    body, last = ({id(p) for p in group} for group in last_layer_group(net))
     assert last == {id(net.last.weight), id(net.last.bias)}
     assert not body & last and body | last == {id(p) for p in net.parameters()}
-    assert [len(g) for g in last_apart(net)] == [len(body), len(last)]
+    assert [len(g) for g in last_layer_group(net)] == [len(body), len(last)]
 
 
 def test_two_rates_are_trained_with():
     "The first step of Adam moves a number by its rate at most, and many by just that."
     net = ImageRestorer()
-    before = [[p.detach().clone() for p in group] for group in last_apart(net)]
+    before = [[p.detach().clone() for p in group] for group in last_layer_group(net)]
     learn = quietly(restorer_learner(small_dls(n=4), net, half=False), 1, slice(1e-3, 1e-5))
     assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-5])
-    for old, new, rate in zip(before, last_apart(net), (1e-3, 1e-5)):
+    for old, new, rate in zip(before, last_layer_group(net), (1e-3, 1e-5)):
         moved = max(float((a - b.detach()).abs().max()) for a, b in zip(old, new))
         assert moved == pytest.approx(rate, rel=0.01)
 
@@ -662,7 +657,7 @@ def test_muon_gets_kernels_and_adam_the_rest():
     net = nn.utils.weight_norm(nn.Conv2d(4, 4, 3))  # with a length, (4, 1, 1, 1), for each kernel
     net = nn.Sequential(net, nn.BatchNorm2d(4), nn.PReLU(), nn.Conv2d(4, 2, 1))
     net.last = nn.Conv2d(2, 3, 5)
-    adam, kernels = kernels_apart(net)
+    adam, kernels = muon_groups(net)
     assert adam['use_fallback'] and 'use_fallback' not in kernels
     assert [tuple(p.shape) for p in kernels['params']] == [(4, 4, 3, 3), (2, 4, 1, 1)]
     together = [id(p) for group in (adam, kernels) for p in group['params']]
@@ -674,10 +669,10 @@ def test_a_step_of_muon_is_about_as_long_in_all_directions():
     net = ImageRestorer()
     before = [p.detach().clone() for p in net.parameters()]
     learn = restorer_learner(small_dls(n=4), net, half=False)
-    learn.opt_func, learn.splitter = muon, kernels_apart
+    learn.opt_func, learn.splitter = muon, muon_groups
     quietly(learn, 1, slice(1e-4, 1e-3))
     assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3])
-    kernels = {id(p) for p in kernels_apart(net)[1]['params']}
+    kernels = {id(p) for p in muon_groups(net)[1]['params']}
     for p, old in zip(net.parameters(), before):
         moved = p.detach() - old
         if id(p) not in kernels:
@@ -701,13 +696,13 @@ def test_an_epoch_of_the_learner_is_that_of_a_loop_by_hand():
     by_hand.to(memory_format=torch.channels_last)
     body = [p for n, p in by_hand.named_parameters() if not n.startswith('last.')]
     groups = [{'params': body, 'lr': 1e-3}, {'params': by_hand.last.parameters(), 'lr': 5e-4}]
-    optimiser = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups)
     steps = 0
-    for bad, good in small_dls().train:
-        loss = ((by_hand(bad) - good) ** 2).sum()
-        optimiser.zero_grad()
+    for degraded, clean in small_dls().train:
+        loss = ((by_hand(degraded) - clean) ** 2).sum()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         steps += 1
     learn = restorer_learner(small_dls(), net, half=False)
     learn.opt_func = partial(OptimWrapper, opt=torch.optim.Adam)
@@ -738,10 +733,10 @@ def test_the_learner_shows_the_psnr_of_scikit_image(bs):
     with learn.no_bar():
         _, before, after = learn.validate()
     found = []
-    for bad, good in dls.valid:
+    for degraded, clean in dls.valid:
         with torch.inference_mode():
-            output = net(bad)
-        for b, o, g in zip(*(x.double().numpy() for x in (bad, output.clamp(0, 1), good))):
+            output = net(degraded)
+        for b, o, g in zip(*(x.double().numpy() for x in (degraded, output.clamp(0, 1), clean))):
             found.append([peak_signal_noise_ratio(g, x, data_range=1) for x in (b, o)])
     assert len(found) == 5 and (output.min() < 0 or output.max() > 1)
     assert [before, after] == pytest.approx(np.mean(found, 0), abs=1e-3)
@@ -777,19 +772,19 @@ def by_yim_and_bovik(prediction, target, block=8):
 def test_psnr_b_is_that_of_the_paper(mode, size):
     "With blocks that stand out, and, the other way round, without."
     photo = sample_photo('cat').crop((130, 60, 130 + size[0], 60 + size[1])).convert(mode)
-    bad = saved_as_jpeg(photo, 5)
-    for prediction, target in ((bad, photo), (photo, bad)):
+    degraded = saved_as_jpeg(photo, 5)
+    for prediction, target in ((degraded, photo), (photo, degraded)):
         expected = by_yim_and_bovik(prediction, target)
         assert psnr_b(prediction, target) == pytest.approx(expected, abs=1e-3)
 
 
 def test_psnr_b_by_hand():
     "A jump of d in the middle of 16×16: MSE d²/2, and ¾ of 16 d² over 2 × (16 × 2 - 1) borders."
-    target, bad = np.full((16, 16), 100, np.uint8), np.full((16, 16), 100, np.uint8)
-    bad[:, 8:] = 120
+    target, degraded = np.full((16, 16), 100, np.uint8), np.full((16, 16), 100, np.uint8)
+    degraded[:, 8:] = 120
     expected = -10 * math.log10((20 / 255) ** 2 * (1 / 2 + 3 / 4 * 16 / 62))
-    assert psnr_b(Image.fromarray(bad), Image.fromarray(target)) == pytest.approx(expected)
-    assert psnr_b(Image.fromarray(target), Image.fromarray(bad)) == pytest.approx(
+    assert psnr_b(Image.fromarray(degraded), Image.fromarray(target)) == pytest.approx(expected)
+    assert psnr_b(Image.fromarray(target), Image.fromarray(degraded)) == pytest.approx(
         -10 * math.log10((20 / 255) ** 2 / 2)  # no blocks in what is looked at
     )
 
@@ -798,22 +793,24 @@ def test_psnr_b_of_identical_photos():
     "Infinite for a ramp; but blocks count even where the original has them too."
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (40, 1)))
     assert psnr_b(ramp, ramp) == math.inf
-    bad = saved_as_jpeg(sample_photo('cat').crop((0, 0, 64, 64)), 5)
-    assert psnr_b(bad, bad) == pytest.approx(by_yim_and_bovik(bad, bad), abs=1e-3)
+    degraded = saved_as_jpeg(sample_photo('cat').crop((0, 0, 64, 64)), 5)
+    assert psnr_b(degraded, degraded) == pytest.approx(
+        by_yim_and_bovik(degraded, degraded), abs=1e-3
+    )
 
 
 def test_psnr_b_of_photos_that_differ_in_kind():
     "In size or mode."
     photo = noise_photo(20, 16)
     for other in (noise_photo(16, 20), noise_photo(20, 17), photo.convert('L')):
-        with pytest.raises(PhotoError, match='differ'):
+        with pytest.raises(EnhanceError, match='differ'):
             psnr_b(photo, other)
 
 
 @pytest.mark.parametrize('size', [(8, 8), (8, 30), (300, 7), (1, 1)])
 def test_psnr_b_of_photos_without_a_border_of_blocks(size):
     "Refused in a sentence, as SSIM refuses photos smaller than its window."
-    with pytest.raises(PhotoError, match=f'{size[0]}×{size[1]}'):
+    with pytest.raises(EnhanceError, match=f'{size[0]}×{size[1]}'):
         psnr_b(noise_photo(*size), noise_photo(*size))
 
 
@@ -867,7 +864,7 @@ def test_the_blind_model_starts_from_the_specialist(paths, tmp_path, monkeypatch
 
 def test_an_unknown_model_is_refused(paths, tmp_path):
     "With those there are."
-    with pytest.raises(PhotoError, match="'jpeg-q9'.*jpeg-q10, jpeg-blind"):
+    with pytest.raises(EnhanceError, match="'jpeg-q9'.*jpeg-q10, jpeg-blind"):
         train_published('jpeg-q9', paths, tmp_path / 'a.ckpt', Budget('smoke'))
 
 
@@ -876,7 +873,7 @@ def test_a_checkpoint_of_another_network_is_refused(trained, paths, monkeypatch)
     _, _, checkpoint = trained['jpeg-q10']
     old = checkpoint.with_suffix('.0.ckpt').read_bytes()
     monkeypatch.setattr(jpeg_restorer, 'ConstrainedRestorer', Small)
-    with pytest.raises(PhotoError, match=r'jpeg-q10\.0\.ckpt.* does not fit'):
+    with pytest.raises(EnhanceError, match=r'jpeg-q10\.0\.ckpt.* does not fit'):
         train_published('jpeg-q10', paths, checkpoint, Budget('smoke'))
     assert checkpoint.with_suffix('.0.ckpt').read_bytes() == old
 
@@ -886,15 +883,15 @@ def test_every_twentieth_photo_validates_and_the_others_train(tmp_path, monkeypa
     asked = []
 
     def loaders(train, valid, *args, **kwargs):
-        asked.extend((train, valid, kwargs['turn']))
+        asked.extend((train, valid, kwargs['augment']))
         raise Killed
 
     monkeypatch.setattr(jpeg_restorer, 'recipe_dls', loaders)
     names = [f'{i:02}.png' for i in reversed(range(40))]
     with pytest.raises(Killed):
         train_published('jpeg-q10', [*names, '20.png', '07.png'], tmp_path / 'a', Budget('full'))
-    train, valid, turn = asked
-    assert valid == ['00.png', '20.png'] and turn is False
+    train, valid, augment = asked
+    assert valid == ['00.png', '20.png'] and augment is False
     assert sorted(train) == sorted([n for n in names if n not in valid] + ['07.png'])
 
 
@@ -930,7 +927,7 @@ def test_a_training_goes_on_as_if_it_had_not_been_killed(checkpoints, paths, tmp
     assert float(model.last.weight.detach().abs().max()) > 1e-4  # it started from zero
     for i, highest in enumerate((1e-3, 7e-4)):  # it has fallen; Adam's is a tenth of Muon's
         _, parts = load_checkpoint(tmp_path / f'one.{i}.ckpt')
-        others, kernels = (group['lr'] for group in parts['optimiser']['param_groups'])
+        others, kernels = (group['lr'] for group in parts['optimizer']['param_groups'])
         assert others == pytest.approx(kernels / 10) and 0 < kernels < highest / 2
 
 
@@ -959,7 +956,7 @@ def test_the_card_says_what_there_is(name):
 def test_the_card_says_where_the_weights_came_from(name):
     "Trained at the full budget, by `make weights`."
     card = read_card(WEIGHTS / f'{name}.json')
-    assert {'recipe', 'training', 'scores', 'command', 'licence', 'machine'} <= set(card)
+    assert {'recipe', 'training', 'scores', 'command', 'license', 'machine'} <= set(card)
     assert card['budget'] == 'full'
 
 
@@ -972,9 +969,9 @@ def test_the_weights_are_small(name):
 def test_the_task_is_jpeg_of_quality_10():
     "Of the photo as it is: on the scoreboard nothing is drawn."
     photo = noise_photo(50, 41)
-    bad, good = TASKS['jpeg10'].pair(photo, 7)
-    assert good.tobytes() == photo.tobytes()
-    assert bad.tobytes() == saved_as_jpeg(photo, 10).tobytes()
+    degraded, clean = TASKS['jpeg10'].pair(photo, 7)
+    assert clean.tobytes() == photo.tobytes()
+    assert degraded.tobytes() == saved_as_jpeg(photo, 10).tobytes()
 
 
 @pytest.fixture(scope='module')
@@ -1063,11 +1060,11 @@ def test_the_blind_model_mends_double_jpeg(pieces):
     for folder in pieces:
         photo = Image.open(folder / 'a.png')
         box = (4, 4, *photo.size)
-        bad = saved_as_jpeg(saved_as_jpeg(photo, 10).crop(box), 50)
-        good = np.asarray(photo.crop(box))
+        degraded = saved_as_jpeg(saved_as_jpeg(photo, 10).crop(box), 50)
+        clean = np.asarray(photo.crop(box))
         before, after = (
-            peak_signal_noise_ratio(good, np.asarray(p))
-            for p in (bad, the_model('jpeg-blind').predict(bad))
+            peak_signal_noise_ratio(clean, np.asarray(p))
+            for p in (degraded, the_model('jpeg-blind').predict(degraded))
         )
         found.append(after - before)
     assert np.mean(found) >= 1
@@ -1127,11 +1124,11 @@ def test_tiles_are_parts_of_the_whole(name):
 @both
 def test_half_precision_costs_next_to_nothing(name):
     "Within 0.02 dB of float32."
-    good = sample_photo('china').crop((200, 150, 328, 278))
-    bad = saved_as_jpeg(good, 10)
+    clean = sample_photo('china').crop((200, 150, 328, 278))
+    degraded = saved_as_jpeg(clean, 10)
     a, b = (
         peak_signal_noise_ratio(
-            np.asarray(good), np.asarray(the_model(name).predict(bad, fast=fast))
+            np.asarray(clean), np.asarray(the_model(name).predict(degraded, fast=fast))
         )
         for fast in (True, False)
     )
@@ -1139,12 +1136,12 @@ def test_half_precision_costs_next_to_nothing(name):
 
 
 @both
-def test_spoilt_weights_are_refused(name):
+def test_spoiled_weights_are_refused(name):
     "One of the numbers is NaN."
     model = load_model(name)
     with torch.no_grad():
         model.last.weight[0, 0, 0, 0] = math.nan
-    with pytest.raises(PhotoError, match='NaN'):
+    with pytest.raises(EnhanceError, match='NaN'):
         model.predict(noise_photo(20, 20))
 
 

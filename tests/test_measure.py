@@ -23,36 +23,37 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from enhance_lib import measure
-from enhance_lib.crappify import resize
-from enhance_lib.measure import (
+from enhance_lib.enhance_lib import measure
+from enhance_lib.toolbox.operations import resize
+from enhance_lib.applications.scoreboard import (
     TASKS,
-    FeatureNet,
     bench_pairs,
     board_pairs,
     board_row,
-    feature_distance,
-    feature_net,
     lpips,
+    mean_luma_psnr,
+    plot_scoreboard,
+    scoreboard,
+)
+from enhance_lib.measure import (
+    crop_border,
+    feature_distance,
     luma,
     luma_psnr,
-    mean_luma_psnr,
-    measuring_net,
     mse,
-    plot_scoreboard,
     psnr,
     radial_spectrum,
-    read_card,
     rgb_to_ycbcr,
-    scoreboard,
-    shaved,
     ssim,
-    to_photo,
-    to_tensor,
-    unenhanced,
     ycbcr_to_rgb,
 )
-from enhance_lib.photos import Budget, PhotoError, sample_photo, sample_photos
+from enhance_lib.toolbox.features import FeatureNet, feature_net, measuring_net
+from enhance_lib.toolbox.models import read_card
+from enhance_lib.toolbox.operations import identity_baseline
+from enhance_lib.toolbox.tensors import to_photo, to_tensor
+from enhance_lib.toolbox.datasets import sample_photo, sample_photos
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.show import Budget
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
 SQUEEZENET = SHARED / 'pretrained' / 'squeezenet1_1.pth'
@@ -91,7 +92,7 @@ def tiny_net(*weights):
     return FeatureNet(layers, tuple(range(len(weights))))
 
 
-COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # features that are the colours
+COLORS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # features that are the colors
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +254,7 @@ def test_measures_leave_no_graph_and_no_change():
     target = batch(2, 3, 40, 40)
     prediction = (target * 0.9).requires_grad_()
     kept = prediction.detach().clone()
-    for f in (mse, psnr, ssim, luma_psnr, lambda a, b: feature_distance(a, b, tiny_net(COLOURS))):
+    for f in (mse, psnr, ssim, luma_psnr, lambda a, b: feature_distance(a, b, tiny_net(COLORS))):
         values = f(prediction, target)
         assert not values.requires_grad and values.dtype == torch.float32
         assert torch.equal(values, f(prediction.double(), target.double()))
@@ -289,7 +290,7 @@ def test_ycbcr_is_that_of_skimage():
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
     ours = rgb_to_ycbcr(x)
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1), rgb2ycbcr(pixels) / 255, atol=2e-6)
-    # black and white have no colour and the ends of the studio range
+    # black and white have no color and the ends of the studio range
     corners = (ours[0, :, 0, :2].T * 255).tolist()
     assert corners == [pytest.approx([16, 128, 128]), pytest.approx([235, 128, 128])]
     assert torch.equal(luma(x), ours[:, :1])
@@ -313,17 +314,17 @@ def test_ycbcr_is_not_rounded_by_half_precision():
 
 @few
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(0, 6), st.integers(0, 99))
-def test_luma_psnr_is_that_of_skimage(width, height, shave, seed):
+def test_luma_psnr_is_that_of_skimage(width, height, border, seed):
     a, b = noise(width, height, seed=seed), noise(width, height, seed=seed + 100)
-    if 2 * shave >= min(width, height):
-        with pytest.raises(PhotoError, match=f'{shave} pixels'):
-            luma_psnr(a, b, shave)
+    if 2 * border >= min(width, height):
+        with pytest.raises(EnhanceError, match=f'{border} pixels'):
+            luma_psnr(a, b, border)
         return
-    y = [rgb2ycbcr(p)[shave : height - shave, shave : width - shave, 0] for p in (a, b)]
+    y = [rgb2ycbcr(p)[border : height - border, border : width - border, 0] for p in (a, b)]
     expected = skimage_psnr(*y, 255)
-    ours = luma_psnr(a, b, shave)
+    ours = luma_psnr(a, b, border)
     assert type(ours) is float and ours == pytest.approx(expected, abs=1e-3)
-    both = luma_psnr(*(to_tensor(p).repeat(2, 1, 1, 1) for p in (a, b)), shave)
+    both = luma_psnr(*(to_tensor(p).repeat(2, 1, 1, 1) for p in (a, b)), border)
     assert both.tolist() == [pytest.approx(expected, abs=1e-3)] * 2
 
 
@@ -337,24 +338,24 @@ def load_yardstick():
 @needs(SHARED / 'tools' / 'yardstick.py')
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 @pytest.mark.parametrize('shave', [0, 1, 4])
-def test_luma_psnr_is_that_of_the_yardstick(mode, shave):
+def test_luma_psnr_is_that_of_the_yardstick(mode, border):
     yardstick = load_yardstick()
-    good = sample_photo('cat').convert(mode)
-    bad = good.filter(ImageFilter.GaussianBlur(1.5))
-    y = [yardstick.to_y(p) for p in (bad, good)]
+    clean = sample_photo('cat').convert(mode)
+    degraded = clean.filter(ImageFilter.GaussianBlur(1.5))
+    y = [yardstick.to_y(p) for p in (degraded, clean)]
     # one channel is taken for luma as it is, by both
-    np.testing.assert_allclose(luma(to_tensor(good))[0, 0] * 255, y[1], atol=1e-3)
-    assert luma_psnr(bad, good, shave) == pytest.approx(yardstick.psnr(*y, shave), abs=1e-3)
+    np.testing.assert_allclose(luma(to_tensor(clean))[0, 0] * 255, y[1], atol=1e-3)
+    assert luma_psnr(degraded, clean, border) == pytest.approx(yardstick.psnr(*y, border), abs=1e-3)
 
 
 def test_shaving_takes_the_border_and_nothing_else():
     x = torch.arange(5 * 7).view(1, 5, 7)
-    assert shaved(x, 0).shape == (1, 5, 7)
-    assert shaved(x, 2).tolist() == [[[16, 17, 18]]]
-    good = noise(12, 12)
-    bad = good.copy()
-    bad.paste((255, 0, 9), (0, 0, 12, 2))  # spoil two rows at the top
-    assert luma_psnr(bad, good, 1) < 40 and luma_psnr(bad, good, 2) == np.inf
+    assert crop_border(x, 0).shape == (1, 5, 7)
+    assert crop_border(x, 2).tolist() == [[[16, 17, 18]]]
+    clean = noise(12, 12)
+    degraded = clean.copy()
+    degraded.paste((255, 0, 9), (0, 0, 12, 2))  # spoil two rows at the top
+    assert luma_psnr(degraded, clean, 1) < 40 and luma_psnr(degraded, clean, 2) == np.inf
 
 
 @needs(SHARED / 'data' / 'bench' / 'Set5')
@@ -379,7 +380,7 @@ def test_the_mean_is_over_pairs():
 
 # Bad input
 
-net = tiny_net(COLOURS)
+net = tiny_net(COLORS)
 
 
 def distance(a, b):
@@ -414,7 +415,7 @@ ALL = pytest.mark.parametrize(
     ],
 )
 def test_two_that_do_not_fit_together(measured, prediction, target, words):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         measured(prediction, target)
     message = one_line(error)
     assert all(w in message for w in words), message
@@ -444,7 +445,7 @@ def spoiled(value):
 )
 def test_numbers_that_are_no_picture(measured, which, wrong, words):
     given = {'prediction': batch(1, 3, 40, 40), 'target': batch(1, 3, 40, 40)} | {which: wrong}
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         measured(**given) if measured is not distance else measured(*given.values())
     message = one_line(error)
     assert which in message and all(w in message for w in words), message
@@ -470,17 +471,17 @@ def test_a_prediction_may_leave_the_range_a_little():
 )
 def test_pictures_too_small(measured, size, words):
     for a, b in [(noise(*size), noise(*size)), (to_tensor(noise(*size)),) * 2]:
-        with pytest.raises(PhotoError) as error:
+        with pytest.raises(EnhanceError) as error:
             measured(a, b)
         assert all(w in one_line(error) for w in words)
 
 
 @pytest.mark.parametrize('shave', [-1, 7, 8, 1000])
-def test_shaving_too_much(shave):
+def test_shaving_too_much(border):
     for a in (noise(20, 14), batch(2, 3, 14, 20)):
-        with pytest.raises(PhotoError) as error:
-            luma_psnr(a, a, shave)
-        assert f'{shave} pixels' in one_line(error) and '20×14' in one_line(error)
+        with pytest.raises(EnhanceError) as error:
+            luma_psnr(a, a, border)
+        assert f'{border} pixels' in one_line(error) and '20×14' in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -493,19 +494,19 @@ def test_shaving_too_much(shave):
     ],
 )
 def test_tensors_that_are_not_one_photo(x, words):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         to_photo(x)
     assert words in one_line(error)
 
 
 def test_an_empty_photo():
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         psnr(Image.new('RGB', (0, 5)), Image.new('RGB', (0, 5)))
 
 
 def no_crash(channels, measured):
     x = batch(1, channels, 40, 40)
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         measured(x, x * 0.9)
     assert f'{channels}' in one_line(error)
 
@@ -523,11 +524,11 @@ def test_features_of_other_channels(channels):
     no_crash(channels, distance)
 
 
-def test_lpips_needs_colour():
-    with pytest.raises(PhotoError, match='colour') as error:
+def test_lpips_needs_color():
+    with pytest.raises(EnhanceError, match='color') as error:
         lpips(noise(40, 40, 'L'), noise(40, 40, 'L'))
     assert '(1, 40, 40)' in one_line(error)
-    with pytest.raises(PhotoError, match="'resnet'.*'squeeze', 'alex' or 'vgg'"):
+    with pytest.raises(EnhanceError, match="'resnet'.*'squeeze', 'alex' or 'vgg'"):
         lpips(noise(40, 40), noise(40, 40), 'resnet')
 
 
@@ -568,11 +569,11 @@ def by_hand(a, b, weights):
 @pytest.mark.parametrize(
     'weights',
     [
-        [COLOURS],
+        [COLORS],
         [[[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]]],
         [[[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], [[1.0, 2.0], [-3.0, 0.5], [0.0, 1.0]]],
     ],
-    ids=['colours', 'one layer', 'two layers'],
+    ids=['colors', 'one layer', 'two layers'],
 )
 def test_feature_distance_by_hand(weights):
     a, b = batch(3, 3, 33, 40), batch(3, 3, 33, 40, seed=1)
@@ -587,15 +588,15 @@ def test_feature_distance_by_hand(weights):
 
 def test_features_at_right_angles_are_2_apart():
     "Red by the one, green by the other: |(1, 0) - (0, 1)|² = 2; and length does not count."
-    colours = torch.tensor(MEAN, dtype=torch.float32).view(1, 3, 1, 1).repeat(3, 1, 32, 32)
-    colours[0, 0] += 0.1
-    colours[1, 1] += 0.1
-    colours[2, 0] += 0.3
-    values = feature_distance(colours[[0, 0]], colours[[1, 2]], tiny_net(COLOURS))
+    colors = torch.tensor(MEAN, dtype=torch.float32).view(1, 3, 1, 1).repeat(3, 1, 32, 32)
+    colors[0, 0] += 0.1
+    colors[1, 1] += 0.1
+    colors[2, 0] += 0.3
+    values = feature_distance(colors[[0, 0]], colors[[1, 2]], tiny_net(COLORS))
     assert values.tolist() == [pytest.approx(2, abs=1e-3), pytest.approx(0, abs=1e-3)]
 
 
-def test_gray_is_colour_with_three_channels_alike():
+def test_gray_is_color_with_three_channels_alike():
     a, b = batch(2, 1, 32, 32), batch(2, 1, 32, 32, seed=1)
     net = feature_net('random')
     gray = feature_distance(a, b, net)
@@ -750,7 +751,7 @@ def test_a_file_that_would_run_code_does_not(save, tmp_path):
         file.write_bytes(pickle.dumps(Trap(mark), protocol=2))
         pickle.loads(file.read_bytes())
         mark.rmdir()  # the trap works
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         feature_net(file)
     assert not mark.exists()
     assert 'weights.pth' in one_line(error) and 'SqueezeNet' in one_line(error)
@@ -786,7 +787,7 @@ def test_a_wrong_file_of_weights(kind, how, squeezenet, tmp_path, monkeypatch):
     file.write_bytes(wrong_file(kind, squeezenet))
     if how == 'environment':
         monkeypatch.setenv('ENHANCE_FEATURES', str(file))
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         feature_net(file if how == 'argument' else None)
     message = one_line(error)
     assert str(file) in message and 'SqueezeNet' in message and 'ENHANCE_FEATURES' in message
@@ -795,17 +796,17 @@ def test_a_wrong_file_of_weights(kind, how, squeezenet, tmp_path, monkeypatch):
 def test_an_empty_file_of_weights(tmp_path):
     file = tmp_path / 'weights.pth'
     file.write_bytes(b'')
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         feature_net(file)
 
 
 def test_a_missing_file_of_weights(tmp_path, monkeypatch):
     monkeypatch.setenv('ENHANCE_FEATURES', str(tmp_path / 'nowhere.pth'))
     for call in (feature_net, lambda: distance_by_default(noise(32, 32))):
-        with pytest.raises(PhotoError, match='ENHANCE_FEATURES') as error:
+        with pytest.raises(EnhanceError, match='ENHANCE_FEATURES') as error:
             call()
         assert 'nowhere.pth' in one_line(error)
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         feature_net(tmp_path)  # a folder
 
 
@@ -817,7 +818,7 @@ def test_only_a_smoke_run_does_without_the_network(monkeypatch, squeezenet, tmp_
     assert same_features(measuring_net(Budget('smoke')), feature_net('random'))
     assert 'Markdown' in capsys.readouterr().out  # it says so
     for name in ('lesson', 'full'):
-        with pytest.raises(PhotoError, match='ENHANCE_FEATURES'):
+        with pytest.raises(EnhanceError, match='ENHANCE_FEATURES'):
             measuring_net(Budget(name))
     monkeypatch.setenv('ENHANCE_FEATURES', str(squeezenet))
     for name in Budget.names:
@@ -913,11 +914,11 @@ def test_a_download_that_fails(fault, squeezenet, point_at, tmp_path):
     with served(wrong, **options) as (url, asked):
         point_at(f'{url}/{name}')
         if fault != 'down':
-            with pytest.raises(PhotoError, match='could not be downloaded') as error:
+            with pytest.raises(EnhanceError, match='could not be downloaded') as error:
                 feature_net()
             assert asked == [name]
     if fault == 'down':
-        with pytest.raises(PhotoError, match='could not be downloaded') as error:
+        with pytest.raises(EnhanceError, match='could not be downloaded') as error:
             feature_net()
     assert 'ENHANCE_FEATURES' in one_line(error) and 'SqueezeNet' in one_line(error)
     kept = tmp_path / 'torch' / 'hub' / 'checkpoints'
@@ -960,7 +961,7 @@ def feature_net_by_lpips():
 def test_a_damaged_file_in_the_store_of_torch(load, kind, squeezenet, tmp_path):
     "torch checks what it downloads, but not what it has kept: so a damaged file is found here."
     keep(tmp_path, wrong_file(kind, squeezenet))
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         load()
 
 
@@ -1017,7 +1018,7 @@ def test_lpips_of_a_target_a_little_out_of_range(tmp_path):
 
 
 def test_lpips_offline():
-    with pytest.raises(PhotoError, match='could not be downloaded') as error:
+    with pytest.raises(EnhanceError, match='could not be downloaded') as error:
         lpips(noise(40, 40), noise(40, 40))
     assert 'LPIPS' in one_line(error) and 'feature_distance' in one_line(error)
 
@@ -1066,14 +1067,14 @@ def test_white_noise_has_its_variance_at_every_frequency(sigma):
 
 
 def test_the_spectrum_of_other_modes():
-    "One channel is luma as it is; of colours the luma has 219 levels between black and white."
+    "One channel is luma as it is; of colors the luma has 219 levels between black and white."
     gray = noise(140, 130, 'L')
     _, expected = radial_spectrum(gray)
     faint = 20 * np.log10(219 / 255)
-    colour = gray.convert('RGB')
+    color = gray.convert('RGB')
     for photo, change in [
-        (colour, faint),
-        (colour.convert('RGBA'), faint),
+        (color, faint),
+        (color.convert('RGBA'), faint),
         (gray.convert('LA'), 0),
         (Image.merge('LA', (gray, Image.new('L', gray.size, 255))), 0),
     ]:
@@ -1099,10 +1100,10 @@ def test_a_flat_photo_has_no_detail():
 
 @pytest.mark.parametrize('size', [(127, 400), (400, 127), (1, 1)])
 def test_a_photo_too_small_for_the_spectrum(size):
-    with pytest.raises(PhotoError, match='64 rings need 128') as error:
+    with pytest.raises(EnhanceError, match='64 rings need 128') as error:
         radial_spectrum(noise(*size, 'L'))
     assert f'not {min(size)}' in one_line(error)
-    with pytest.raises(PhotoError, match='70 rings need 140'):
+    with pytest.raises(EnhanceError, match='70 rings need 140'):
         radial_spectrum(noise(139, 200), 70)
 
 
@@ -1115,7 +1116,7 @@ def test_bench_pairs(tmp_path):
         photo.save(tmp_path / name)
     noise().save(tmp_path / 'other.png')
     pairs = bench_pairs(str(tmp_path))
-    assert [(bad.tobytes(), good.tobytes()) for bad, good in pairs] == [
+    assert [(degraded.tobytes(), clean.tobytes()) for degraded, clean in pairs] == [
         (photos[f'{n}_LR.png'].tobytes(), photos[f'{n}_HR.png'].tobytes()) for n in 'ab'
     ]
 
@@ -1124,14 +1125,14 @@ SIZES = [('LR', (6, 4)), ('HR', (12, 8))]
 
 
 def test_bench_pairs_that_are_none(tmp_path):
-    with pytest.raises(PhotoError, match='nowhere'):
+    with pytest.raises(EnhanceError, match='nowhere'):
         bench_pairs(tmp_path / 'nowhere')
     noise().save(tmp_path / 'a_LR.png')
-    with pytest.raises(PhotoError, match='_HR') as error:
+    with pytest.raises(EnhanceError, match='_HR') as error:
         bench_pairs(tmp_path)
     assert str(tmp_path) in one_line(error)
     noise().save(tmp_path / 'b_HR.png')
-    with pytest.raises(PhotoError, match='b_LR.png') as error:
+    with pytest.raises(EnhanceError, match='b_LR.png') as error:
         bench_pairs(tmp_path)
     one_line(error)
 
@@ -1142,19 +1143,21 @@ def test_bench_pairs_in_a_folder_of_that_name(where, tmp_path):
     folder.mkdir(parents=True)
     for kind, size in SIZES:
         noise(*size).save(folder / f'a_{kind}.png')
-    assert [(bad.size, good.size) for bad, good in bench_pairs(folder)] == [((6, 4), (12, 8))]
+    assert [(degraded.size, clean.size) for degraded, clean in bench_pairs(folder)] == [
+        ((6, 4), (12, 8))
+    ]
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
 def test_the_mean_of_no_pairs():
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         mean_luma_psnr(lambda p: p, [])
 
 
 def test_cards(tmp_path):
     path = tmp_path / 'x.json'
-    path.write_text('{"licence": "CC0", "author": "Müller"}', encoding='utf-8')
-    assert read_card(path) == read_card(str(path)) == {'licence': 'CC0', 'author': 'Müller'}
+    path.write_text('{"license": "CC0", "author": "Müller"}', encoding='utf-8')
+    assert read_card(path) == read_card(str(path)) == {'license': 'CC0', 'author': 'Müller'}
 
 
 @pytest.mark.parametrize(
@@ -1173,10 +1176,10 @@ def test_cards_that_are_none(data, words, tmp_path):
     path = tmp_path / 'model.json'
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(PhotoError, match=words) as error:
+    with pytest.raises(EnhanceError, match=words) as error:
         read_card(path)
     assert 'model.json' in one_line(error)
-    with pytest.raises(PhotoError, match='can not be read'):
+    with pytest.raises(EnhanceError, match='can not be read'):
         read_card(tmp_path)
 
 
@@ -1186,27 +1189,29 @@ def test_the_tasks_are_what_they_say():
     for scale in (2, 3, 4):
         pairs = board_pairs(f'x{scale}')
         assert len(pairs) == len(names)
-        for bad, good in pairs:
-            assert good.width % scale == 0 and good.height % scale == 0
-            small = good.resize((good.width // scale, good.height // scale), Image.BICUBIC)
-            assert bad.mode == 'RGB' and bad.tobytes() == small.tobytes()
-    for (bad, good), photo in zip(board_pairs('gray-jpeg20'), sample_photos('held-out').values()):
+        for degraded, clean in pairs:
+            assert clean.width % scale == 0 and clean.height % scale == 0
+            small = clean.resize((clean.width // scale, clean.height // scale), Image.BICUBIC)
+            assert degraded.mode == 'RGB' and degraded.tobytes() == small.tobytes()
+    for (degraded, clean), photo in zip(
+        board_pairs('gray-jpeg20'), sample_photos('held-out').values()
+    ):
         file = io.BytesIO()
         photo.convert('L').save(file, 'JPEG', quality=20)
-        assert good.mode == bad.mode == 'L' and bad.size == good.size == photo.size
-        np.testing.assert_array_equal(np.asarray(bad), np.asarray(Image.open(file)))
+        assert clean.mode == degraded.mode == 'L' and degraded.size == clean.size == photo.size
+        np.testing.assert_array_equal(np.asarray(degraded), np.asarray(Image.open(file)))
 
 
 def test_what_is_not_enhanced_is_enlarged_by_bicubic():
     photo = noise(10, 6)
-    assert unenhanced(photo, (10, 6)) is photo
-    large = unenhanced(photo, (30, 18))
+    assert identity_baseline(photo, (10, 6)) is photo
+    large = identity_baseline(photo, (30, 18))
     assert large.tobytes() == photo.resize((30, 18), Image.BICUBIC).tobytes()
 
 
 def test_unknown_tasks():
     for call in (lambda: board_pairs('x5'), lambda: board_row('mine', 'x5', net=net)):
-        with pytest.raises(PhotoError, match="'x5'") as error:
+        with pytest.raises(EnhanceError, match="'x5'") as error:
             call()
         assert all(task in one_line(error) for task in TASKS)
 
@@ -1224,21 +1229,21 @@ def small_tasks(monkeypatch):
 @pytest.mark.parametrize('task', TASKS)
 def test_the_row_of_the_input_is_worked_out_with_skimage(task, small_tasks):
     row = board_row('input', task, net=net)
-    shave = int(task[1:]) if task.startswith('x') else 0
+    border = int(task[1:]) if task.startswith('x') else 0
     found = []
-    for bad, good in board_pairs(task):
-        large = bad.resize(good.size, Image.BICUBIC) if shave else bad
-        colour = good.mode == 'RGB'
-        a, b = (rgb2ycbcr(p)[..., 0] if colour else np.asarray(p, float) for p in (large, good))
-        inner = (slice(shave, -shave),) * 2 if shave else (slice(None),) * 2
+    for degraded, clean in board_pairs(task):
+        large = degraded.resize(clean.size, Image.BICUBIC) if border else degraded
+        color = clean.mode == 'RGB'
+        a, b = (rgb2ycbcr(p)[..., 0] if color else np.asarray(p, float) for p in (large, clean))
+        inner = (slice(border, -border),) * 2 if border else (slice(None),) * 2
         a, b = a[inner], b[inner]
-        rgb = [np.asarray(p.convert('RGB')).transpose(2, 0, 1) / 255 for p in (large, good)]
+        rgb = [np.asarray(p.convert('RGB')).transpose(2, 0, 1) / 255 for p in (large, clean)]
         found.append(
             [
                 skimage_psnr(a, b, 255),
                 skimage_ssim(a, b, 255, None),
-                by_hand(*rgb, [COLOURS]),
-                good.width * good.height,
+                by_hand(*rgb, [COLORS]),
+                clean.width * clean.height,
             ]
         )
     decibels, similarity, features, _ = np.mean(found, 0)
@@ -1255,10 +1260,10 @@ def test_time_is_that_of_enhancing_alone(small_tasks, monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock[0])
 
-    def enhance(bad):
+    def enhance(degraded):
         clock[0] += 0.5
-        calls.append(bad.size)
-        return bad.resize((bad.width * 2, bad.height * 2), Image.BICUBIC)
+        calls.append(degraded.size)
+        return degraded.resize((degraded.width * 2, degraded.height * 2), Image.BICUBIC)
 
     row = board_row('mine', 'x2', enhance, 1234, net)
     assert len(calls) == 3 and row['parameters'] == 1234
@@ -1268,24 +1273,24 @@ def test_time_is_that_of_enhancing_alone(small_tasks, monkeypatch):
 
 def test_a_better_model_gets_better_figures(small_tasks):
     "One that knows the answer is perfect."
-    answers = {bad.tobytes(): good for bad, good in board_pairs('x2')}
-    row = board_row('oracle', 'x2', lambda bad: answers[bad.tobytes()], net=net)
+    answers = {degraded.tobytes(): clean for degraded, clean in board_pairs('x2')}
+    row = board_row('oracle', 'x2', lambda degraded: answers[degraded.tobytes()], net=net)
     assert (row['dB'], row['SSIM'], row['feature distance']) == (np.inf, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     'task, enhance, words',
     [
-        ('x2', lambda bad: bad, ['35×26', '70×52']),
-        ('x2', lambda bad: bad.resize((71, 52)), ['71×52', '70×52']),
-        ('x2', lambda bad: bad.resize((70, 52)).convert('L'), ['70×52 L', '70×52 RGB']),
-        ('gray-jpeg20', lambda bad: bad.convert('RGB'), ['70×53 RGB', '70×53 L']),
-        ('x2', lambda bad: None, ['NoneType']),
-        ('x2', lambda bad: to_tensor(bad.resize((70, 52))), ['Tensor', 'Image']),
+        ('x2', lambda degraded: degraded, ['35×26', '70×52']),
+        ('x2', lambda degraded: degraded.resize((71, 52)), ['71×52', '70×52']),
+        ('x2', lambda degraded: degraded.resize((70, 52)).convert('L'), ['70×52 L', '70×52 RGB']),
+        ('gray-jpeg20', lambda degraded: degraded.convert('RGB'), ['70×53 RGB', '70×53 L']),
+        ('x2', lambda degraded: None, ['NoneType']),
+        ('x2', lambda degraded: to_tensor(degraded.resize((70, 52))), ['Tensor', 'Image']),
     ],
 )
 def test_a_model_that_gives_something_else(task, enhance, words, small_tasks):
-    with pytest.raises(PhotoError) as error:
+    with pytest.raises(EnhanceError) as error:
         board_row('mine', task, enhance, net=net)
     assert all(w in one_line(error) for w in words)
 
@@ -1340,13 +1345,13 @@ def test_the_scoreboard_without_rows(weights):
 @pytest.mark.parametrize('rows', [None, {'task': 'x2'}, [{'task': 'x2'}], ['x2'], 'x2'])
 def test_the_scoreboard_of_a_wrong_card(rows, weights):
     (weights / 'wrong.json').write_text(json.dumps({'scoreboard': rows}))
-    with pytest.raises(PhotoError, match='wrong.json'):
+    with pytest.raises(EnhanceError, match='wrong.json'):
         scoreboard()
 
 
 def test_the_scoreboard_names_a_broken_card(weights):
     (weights / 'broken.json').write_text('{')
-    with pytest.raises(PhotoError, match='broken.json'):
+    with pytest.raises(EnhanceError, match='broken.json'):
         scoreboard(row('x2', 'mine'))
 
 

@@ -1,4 +1,4 @@
-"""Photos of every kind, good and bad, through `enhance_lib.photos`: what lessons don't show."""
+"""Photos of every kind, clean and degraded, through `enhance_lib.photos`: what lessons don't show."""
 
 import io
 import os
@@ -21,31 +21,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from enhance_lib.photos import (
-    FORMATS,
+from enhance_lib.toolbox.datasets import (
     SAMPLES,
-    SUFFIXES,
-    Budget,
-    PhotoError,
-    PhotoWarning,
-    check,
-    cut_tiles,
-    find_photos,
-    join_tiles,
     make_sheet,
     name_lot,
-    open_photo,
     read_table,
     sample_photo,
     sample_photos,
-    save_photo,
     split_sheet,
-    tile_boxes,
-    upload_button,
-    uploaded_photo,
-    write_atomically,
     write_table,
 )
+from enhance_lib.toolbox.errors import EnhanceError, EnhanceWarning
+from enhance_lib.toolbox.files import (
+    FORMATS,
+    SUFFIXES,
+    find_photos,
+    open_photo,
+    save_photo,
+    write_atomically,
+)
+from enhance_lib.toolbox.show import Budget, check, upload_button, uploaded_photo
+from enhance_lib.toolbox.tiles import cut_tiles, join_tiles, tile_boxes
 
 ORIENTATION = 0x112  # the number of the EXIF tag
 BANDS = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4}
@@ -66,7 +62,7 @@ def encoded(image, format, **options):
     return file.getvalue()
 
 
-def png(width, height, depth, colour, rows, **chunks):
+def png(width, height, depth, color, rows, **chunks):
     "A PNG by hand, for the kinds that Pillow can't write."
 
     def chunk(kind, data):
@@ -74,7 +70,7 @@ def png(width, height, depth, colour, rows, **chunks):
             struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
         )
 
-    header = struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + b''.join(
         [
             chunk(b'IHDR', header),
@@ -131,11 +127,11 @@ def assert_same(one, other):
 
 
 def refused(*words):
-    "A context where a `PhotoError` of one line is raised, which holds all the words."
+    "A context where a `EnhanceError` of one line is raised, which holds all the words."
 
     @contextmanager
     def context():
-        with pytest.raises(PhotoError) as caught:
+        with pytest.raises(EnhanceError) as caught:
             yield caught
         message = str(caught.value)
         assert isinstance(caught.value, ValueError)
@@ -254,7 +250,7 @@ STORED = {1: 'RGBY', 2: 'GRYB', 3: 'YBGR', 4: 'BYRG', 5: 'RBGY', 6: 'GYRB', 7: '
 
 
 def corners(letters, size):
-    "A gray photo whose corners (top left, top right, bottom left, bottom right) are coloured."
+    "A gray photo whose corners (top left, top right, bottom left, bottom right) are colored."
     image = Image.new('RGB', size, 'gray')
     for i, letter in enumerate(letters):
         image.paste(
@@ -322,7 +318,7 @@ def test_broken_exif_warns_and_opens(tmp_path):
     for exif in b'Exif\0\0rubbish', b'Exif\0\0MM\0.\0\0\0\x08\0\0':
         path = tmp_path / 'broken.png'
         photo.save(path, exif=exif)
-        with pytest.warns(PhotoWarning, match=r'broken\.png.*EXIF.*damaged'):
+        with pytest.warns(EnhanceWarning, match=r'broken\.png.*EXIF.*damaged'):
             opened = open_photo(path)
         assert_same(opened, photo)
         with silent():
@@ -336,7 +332,7 @@ def test_broken_info_does_not_keep_a_photo_from_being_saved(tmp_path, suffix, in
     photo = noise()
     photo.info = info
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', PhotoWarning)
+        warnings.simplefilter('ignore', EnhanceWarning)
         path = save_photo(photo, tmp_path / f'a{suffix}')
         assert open_photo(path).size == photo.size
 
@@ -345,7 +341,7 @@ def test_exif_too_long_for_jpeg(tmp_path):
     "TIFF and PNG hold EXIF of any length, JPEG 64 KB: the photo matters more."
     photo = noise()
     photo.info['exif'] = b'Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0' + bytes(70_000)
-    with pytest.warns(PhotoWarning, match=r'a\.jpg.*EXIF'):
+    with pytest.warns(EnhanceWarning, match=r'a\.jpg.*EXIF'):
         path = save_photo(photo, tmp_path / 'a.jpg')
     assert open_photo(path).size == photo.size
 
@@ -362,7 +358,7 @@ def test_gray_and_black_and_white():
     assert pixels(open_photo(bits, 'L')) == [[0, 0, 0, 0, 255, 255, 255, 255]]
 
 
-def test_luma_of_colours():
+def test_luma_of_colors():
     "BT.601: 0.299 R + 0.587 G + 0.114 B."
     photo = open_photo(png(3, 1, 8, 2, [bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])]), 'L')
     assert np.allclose(pixels(photo), [[76, 150, 29]], atol=1)
@@ -386,13 +382,13 @@ def test_palette_with_transparency():
     assert pixels(open_photo(data)) == [[[255, 255, 255], [0, 0, 255]]]
 
 
-def test_one_transparent_colour():
-    "PNG may name one gray or colour as transparent instead of an alpha channel."
+def test_one_transparent_color():
+    "PNG may name one gray or color as transparent instead of an alpha channel."
     gray = png(2, 1, 8, 0, [bytes([15, 16])], tRNS=struct.pack('>H', 16))
     assert pixels(open_photo(gray, None)) == [[[15, 255], [16, 0]]]
     assert pixels(open_photo(gray)) == [[[15, 15, 15], [255, 255, 255]]]
-    colour = png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], tRNS=struct.pack('>3H', 4, 5, 6))
-    assert pixels(open_photo(colour, None)) == [[[1, 2, 3, 255], [4, 5, 6, 0]]]
+    color = png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], tRNS=struct.pack('>3H', 4, 5, 6))
+    assert pixels(open_photo(color, None)) == [[[1, 2, 3, 255], [4, 5, 6, 0]]]
 
 
 def test_gif_with_transparency():
@@ -405,7 +401,7 @@ def test_gif_with_transparency():
 
 
 def test_transparency_is_laid_on_white():
-    "Half of black on white is gray, and what can't be seen has no colour."
+    "Half of black on white is gray, and what can't be seen has no color."
     data = png(3, 1, 8, 6, [bytes([0, 0, 0, 128, 200, 0, 0, 0, 9, 8, 7, 255])])
     assert_same(open_photo(data, None), open_photo(data, 'RGBA'))
     assert pixels(open_photo(data, None)) == [[[0, 0, 0, 128], [200, 0, 0, 0], [9, 8, 7, 255]]]
@@ -458,17 +454,17 @@ def test_16_bit_gray_with_one_transparent():
     assert open_photo(data).info.get('transparency') is None
 
 
-@pytest.mark.parametrize('bands, colour', [(3, 2), (4, 6)])
-def test_16_bit_colour(bands, colour):
+@pytest.mark.parametrize('bands, color', [(3, 2), (4, 6)])
+def test_16_bit_color(bands, color):
     deep = np.random.default_rng(0).integers(0, 65536, (6, 5, bands))
     deep[..., 3:] = 65535
-    data = png(5, 6, 16, colour, [row.astype('>u2').tobytes() for row in deep])
+    data = png(5, 6, 16, color, [row.astype('>u2').tobytes() for row in deep])
     photo = open_photo(data, None)
     assert photo.mode == ('RGB', 'RGBA')[bands - 3]
     assert np.abs(np.asarray(photo, int) - np.rint(deep / 257)).max() <= 1
 
 
-def test_16_bit_colour_tiff(tmp_path):
+def test_16_bit_color_tiff(tmp_path):
     "Pillow reads some kinds of these and not others: right, or refused with a sentence."
     deep = np.random.default_rng(0).integers(0, 65536, (6, 5, 3)).astype(np.uint16)
     for options in {'byteorder': '<'}, {'byteorder': '>'}, {'planarconfig': 'separate'}:
@@ -476,7 +472,7 @@ def test_16_bit_colour_tiff(tmp_path):
         tifffile.imwrite(tmp_path / 'a.tif', array, photometric='rgb', **options)
         try:
             photo = open_photo(tmp_path / 'a.tif')
-        except PhotoError:
+        except EnhanceError:
             assert options != {'byteorder': '<'}
         else:
             assert np.abs(np.asarray(photo, int) - np.rint(deep / 257)).max() <= 1
@@ -522,12 +518,12 @@ def test_cmyk_with_a_useless_profile(profile):
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'lime', 'blue')]
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'lime', 'blue')]
     for format, suffix in ('GIF', 'gif'), ('TIFF', 'tif'), ('WEBP', 'webp'), ('PNG', 'png'):
         path = tmp_path / f'a.{suffix}'
         lossless = {'lossless': True} if format == 'WEBP' else {}
         frames[0].save(path, format, save_all=True, append_images=frames[1:], **lossless)
-        with pytest.warns(PhotoWarning, match=rf'a\.{suffix}.* 3 frames') as caught:
+        with pytest.warns(EnhanceWarning, match=rf'a\.{suffix}.* 3 frames') as caught:
             photo = open_photo(path)
         assert len(caught) == 1
         assert caught[0].filename == __file__  # it points at who asked for the photo
@@ -542,7 +538,7 @@ def test_phone_previews_are_not_frames(tmp_path):
     assert np.allclose(np.asarray(photo, int), np.asarray(Image.open(path).convert('RGB')), atol=1)
 
 
-# --- colour profiles ------------------------------------------------------------------------
+# --- color profiles ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.avif'])
@@ -557,14 +553,14 @@ def test_profile_is_kept(tmp_path, suffix):
     assert open_photo(second).info['icc_profile'] == profile
 
 
-def test_profile_goes_when_its_colours_go():
+def test_profile_goes_when_its_colors_go():
     gray = encoded(noise(mode='L'), 'PNG', icc_profile=gray_profile())
     assert open_photo(gray, None).info['icc_profile'] == gray_profile()
     assert open_photo(gray, 'L').info['icc_profile'] == gray_profile()
     assert 'icc_profile' not in open_photo(gray, 'RGB').info
-    colour = encoded(noise(), 'PNG', icc_profile=srgb_profile())
-    assert 'icc_profile' not in open_photo(colour, 'L').info
-    assert open_photo(colour, 'RGBA').info['icc_profile'] == srgb_profile()
+    color = encoded(noise(), 'PNG', icc_profile=srgb_profile())
+    assert 'icc_profile' not in open_photo(color, 'L').info
+    assert open_photo(color, 'RGBA').info['icc_profile'] == srgb_profile()
     assert 'icc_profile' not in open_photo(encoded(noise(), 'PNG', icc_profile=b'rubbish')).info
 
 
@@ -590,7 +586,7 @@ LOSSLESS = ['.png', '.apng', '.tif', '.bmp', '.ppm']
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
 def test_every_suffix(tmp_path, suffix):
-    "Small steps of few colours, so that the lossy formats and GIF's palette come near them."
+    "Small steps of few colors, so that the lossy formats and GIF's palette come near them."
     photo = Image.fromarray(np.indices((16, 16)).sum(0).astype(np.uint8) * 4 + 60).convert('RGB')
     path = save_photo(photo, tmp_path / f'a{suffix.upper()}')
     assert path == tmp_path / f'a{suffix.upper()}'
@@ -633,7 +629,7 @@ def test_quality(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.avif'])
-def test_full_resolution_of_colours(tmp_path, suffix):
+def test_full_resolution_of_colors(tmp_path, suffix):
     "Columns of one pixel in red and blue: at half the resolution both would be purple."
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:, ::2, 0] = pixels[:, 1::2, 2] = 200
@@ -677,7 +673,7 @@ def test_missing_folders_are_made(tmp_path):
 def test_transparency_is_laid_on_white_where_there_is_none(tmp_path, suffix, mode):
     photo = Image.new(mode, (8, 8), 0)  # black, and not to be seen
     path = tmp_path / f'a{suffix}'
-    with pytest.warns(PhotoWarning, match=rf'a\{suffix}.*no transparency') as caught:
+    with pytest.warns(EnhanceWarning, match=rf'a\{suffix}.*no transparency') as caught:
         save_photo(photo, path)
     assert caught[0].filename == __file__
     again = open_photo(path, None)
@@ -897,7 +893,7 @@ def opened(data):
         patch.setattr(Image, 'MAX_IMAGE_PIXELS', 100_000)
         try:
             photo = open_photo(data, None)
-        except PhotoError as e:
+        except EnhanceError as e:
             assert '\n' not in str(e)
             return None
     assert photo.mode in BANDS
@@ -918,7 +914,7 @@ def test_cut_short(kind):
 
 @pytest.mark.parametrize('kind', FILES)
 def test_any_byte_wrong(kind):
-    "A wrong byte may go unnoticed, but nothing else than `PhotoError` may come of it."
+    "A wrong byte may go unnoticed, but nothing else than `EnhanceError` may come of it."
     data = FILES[kind]
     for i in range(min(len(data), 700)):
         for wrong in data[i] ^ 1, data[i] ^ 0x80, 255 - data[i], 0:
@@ -926,7 +922,7 @@ def test_any_byte_wrong(kind):
 
 
 @st.composite
-def spoilt(draw):
+def spoiled(draw):
     "A small file with some of its bytes changed, put in or left out, and perhaps cut short."
     data = bytearray(FILES[draw(st.sampled_from(sorted(FILES)))])
     for _ in range(draw(st.integers(1, 4))):
@@ -936,8 +932,8 @@ def spoilt(draw):
 
 
 @settings(max_examples=500, deadline=None)
-@given(spoilt())
-def test_spoilt_files(data):
+@given(spoiled())
+def test_spoiled_files(data):
     "What opens can be saved, too."
     photo = opened(data)
     if photo is not None and max(photo.size) < 1000:
@@ -1053,8 +1049,8 @@ def test_name_lot():
     assert 0 <= lots.min() and lots.max() < 1
     share = np.histogram(lots, 10, (0, 1))[0] / 1000
     assert np.abs(share - 1).max() < 0.12  # four standard deviations
-    neighbours = np.corrcoef(lots[:-1], lots[1:])[0, 1]
-    assert abs(neighbours) < 0.05
+    neighbors = np.corrcoef(lots[:-1], lots[1:])[0, 1]
+    assert abs(neighbors) < 0.05
 
 
 def test_table(tmp_path, folder):
@@ -1236,11 +1232,11 @@ def test_tiles_that_do_not_fit():
 @few
 @given(sizes, st.sampled_from(list(BANDS)))
 def test_sheet_round_trip(size, mode):
-    good, bad = noise(size, mode), noise(size, mode, 1)
-    sheet = make_sheet(good, bad)
+    clean, degraded = noise(size, mode), noise(size, mode, 1)
+    sheet = make_sheet(clean, degraded)
     assert sheet.size == (2 * size[0], size[1])
-    assert np.array_equal(np.asarray(sheet), np.concatenate([good, bad], 1))
-    for half, photo in zip(split_sheet(sheet), (good, bad)):
+    assert np.array_equal(np.asarray(sheet), np.concatenate([clean, degraded], 1))
+    for half, photo in zip(split_sheet(sheet), (clean, degraded)):
         assert_same(half, photo)
 
 
@@ -1277,7 +1273,7 @@ def test_samples(name):
     assert photo.mode == 'RGB'
     assert min(photo.size) >= 256
     assert np.asarray(photo).std() > 5  # a picture, and not a blank
-    assert SAMPLES[name].split in ('train', 'held-out') and SAMPLES[name].licence
+    assert SAMPLES[name].split in ('train', 'held-out') and SAMPLES[name].license
 
 
 def test_split_of_the_samples():

@@ -58,7 +58,7 @@ each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 def test_there_are_lessons():
     "Without notebooks the tests below would pass by not running."
-    assert LESSONS and LESSONS[0].name == '00_photos.ipynb'
+    assert LESSONS and LESSONS[0].name == 'toolbox/files.ipynb'
     assert (ROOT / 'nbs' / 'index.ipynb').exists()
 
 

@@ -14,41 +14,40 @@ from torch.nn import functional as F
 
 import enhance_lib.realtime as module
 from enhance_lib.feature_loss import FeatureLoss
-from enhance_lib.measure import (
-    WEIGHTS,
-    FeatureNet,
-    bench_pairs,
-    feature_distance,
-    feature_net,
-    read_card,
-    to_tensor,
-)
-from enhance_lib.photos import Budget, PhotoError, open_photo, sample_photo, save_photo
+from enhance_lib.applications.scoreboard import bench_pairs
+from enhance_lib.measure import feature_distance
+from enhance_lib.toolbox.features import FeatureNet, feature_net
+from enhance_lib.toolbox.models import WEIGHTS, read_card
+from enhance_lib.toolbox.tensors import to_tensor
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import open_photo, save_photo
+from enhance_lib.toolbox.show import Budget
+from enhance_lib.applications.image2 import enhance_image
 from enhance_lib.realtime import (
-    PUBLISHED,
-    RRDB,
-    WAYS,
+    DOWNSCALING,
     DenseBlock,
     DenseCritic,
-    Film,
-    MovingAverage,
+    PUBLISHED,
+    RRDB,
     RealtimeSR,
-    StrengthSlider,
-    between,
-    compare_ways,
-    enhance_image,
+    compare_downscaling,
+    downscaling_recipe,
     fold_batch_norm,
     generator_content,
-    made_small,
+    interpolate,
     output_speed,
     realtime_gan,
-    realtime_learner,
     relativistic_loss,
-    save_gif,
     train_published,
     without_block,
 )
-from enhance_lib.workbench import KeepGoing, load_model, recipe_dls, save_weights, set_seed
+from enhance_lib.toolbox.show import StrengthSlider, save_gif
+from enhance_lib.toolbox.training import Snapshots, WeightAverage, realtime_learner
+from enhance_lib.toolbox.models import load_model, save_weights
+from enhance_lib.toolbox.pairs import recipe_dls
+from enhance_lib.toolbox.training import CheckpointEachEpoch
+from enhance_lib.workbench import set_seed
 
 SET5 = SHARED / 'data' / 'bench' / 'Set5'
 has_set5 = pytest.mark.skipif(not SET5.is_dir(), reason='Set5 does not lie beside it')
@@ -81,7 +80,7 @@ def pieces(n=4, side=72, seed=0):
 
 
 def small_dls(scale=4, n=4, size=64, bs=2):
-    return recipe_dls(pieces(n), pieces(2, seed=1), made_small('any', scale), size, bs)
+    return recipe_dls(pieces(n), pieces(2, seed=1), downscaling_recipe('any', scale), size, bs)
 
 
 def stirred(model, seed=0):
@@ -157,14 +156,14 @@ def test_its_size():
 
 @pytest.mark.parametrize('wrong', [0, 1, 5, 8, 2.0, True, 'x4', None])
 def test_another_scale_is_refused(wrong):
-    with pytest.raises(PhotoError, match='2, 3 or 4') as error:
+    with pytest.raises(EnhanceError, match='2, 3 or 4') as error:
         RealtimeSR(wrong)
     one_line(error)
 
 
 @pytest.mark.parametrize('wrong', [0, -1, 1.5])
 def test_no_blocks_are_refused(wrong):
-    with pytest.raises(PhotoError, match='1 or more'):
+    with pytest.raises(EnhanceError, match='1 or more'):
         RealtimeSR(n_blocks=wrong)
 
 
@@ -240,7 +239,7 @@ def test_what_is_left_without_a_block(block):
     ],
 )
 def test_a_block_that_can_not_be_left_out(n_blocks, block, words):
-    with pytest.raises(PhotoError, match=words) as error:
+    with pytest.raises(EnhanceError, match=words) as error:
         without_block(RealtimeSR(n_blocks=n_blocks), block)
     one_line(error)
 
@@ -276,12 +275,12 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', DOWNSCALING)
 def test_ways_by_hand(way):
     "Rows in which the third of each four pixels is white; looked at far from the border."
     row = np.tile(np.array([0, 0, 255, 0], np.uint8), (24, 6))
     photo = Image.fromarray(np.repeat(row[:, :, None], 3, 2))
-    found = np.asarray(made_small(way)(photo))
+    found = np.asarray(downscaling_recipe(way)(photo))
     assert found.shape == (6, 6, 3)
     assert found[2:4, 2:4].astype(float) == pytest.approx(BY_HAND[way], abs=1)
 
@@ -289,34 +288,34 @@ def test_ways_by_hand(way):
 def test_any_way_is_drawn_anew():
     "Each of them comes up, and a seed gives the same again."
     photo = sample_photo('china').crop((0, 0, 64, 64))
-    found = {made_small('any')(photo, seed).tobytes() for seed in range(40)}
-    wanted = {made_small(way)(photo).tobytes() for way in WAYS}
-    assert found == wanted and len(wanted) == len(WAYS)
+    found = {downscaling_recipe('any')(photo, seed).tobytes() for seed in range(40)}
+    wanted = {downscaling_recipe(way)(photo).tobytes() for way in DOWNSCALING}
+    assert found == wanted and len(wanted) == len(DOWNSCALING)
 
 
 @pytest.mark.parametrize('scale', [2, 3, 4])
 def test_wild_makes_small_too(scale):
     photo = sample_photo('cat').crop((0, 0, 98, 86))
     for seed in range(5):
-        small, good = made_small('wild', scale).pair(photo, seed)
-        assert good.size == (small.width * scale, small.height * scale)
+        small, clean = downscaling_recipe('wild', scale).pair(photo, seed)
+        assert clean.size == (small.width * scale, small.height * scale)
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(PhotoError, match='Did you mean nearest') as error:
-        made_small('neerest')
+    with pytest.raises(EnhanceError, match='Did you mean nearest') as error:
+        downscaling_recipe('neerest')
     one_line(error)
 
 
 def test_comparing_ways_measures_bicubic_rightly():
     "By hand: luma of BT.601 in 16 to 235, two pixels shaved; and a network that is bicubic."
     cat = sample_photo('cat')
-    table = compare_ways({'untrained': RealtimeSR(2, 1)}, [cat], 2)
-    assert list(table.index) == [*WAYS, 'mean']
-    good = cat.crop((0, 0, cat.width // 2 * 2, cat.height // 2 * 2))
-    for way, (kernel, antialias) in WAYS.items():
-        large = made_small(way, 2)(cat).resize(good.size, Image.Resampling.BICUBIC)
-        a, b = (np.asarray(p, float)[2:-2, 2:-2] for p in (large, good))
+    table = compare_downscaling({'untrained': RealtimeSR(2, 1)}, [cat], 2)
+    assert list(table.index) == [*DOWNSCALING, 'mean']
+    clean = cat.crop((0, 0, cat.width // 2 * 2, cat.height // 2 * 2))
+    for way, (kernel, antialias) in DOWNSCALING.items():
+        large = downscaling_recipe(way, 2)(cat).resize(clean.size, Image.Resampling.BICUBIC)
+        a, b = (np.asarray(p, float)[2:-2, 2:-2] for p in (large, clean))
         off = (a - b) @ [65.481 / 255, 128.553 / 255, 24.966 / 255]
         expected = 10 * math.log10(255**2 / (off**2).mean())
         assert table.loc[way, 'bicubic'] == pytest.approx(expected, abs=0.01), (kernel, antialias)
@@ -350,7 +349,7 @@ def test_the_critic_gives_one_number_for_any_size():
     assert [k.out_channels for k in kernels] == [8, 8, 16, 16, 32, 32, 64, 64]
     assert [k.stride[0] for k in kernels] == [1, 2] * 4
     assert isinstance(critic.body[1], nn.LeakyReLU), 'no batch norm right after the picture'
-    with pytest.raises(PhotoError, match='32×32 pixels or more, and got 31×32'):
+    with pytest.raises(EnhanceError, match='32×32 pixels or more, and got 31×32'):
         critic(torch.rand(1, 3, 32, 31))
 
 
@@ -372,13 +371,13 @@ def test_the_losses_of_the_game_by_hand(content):
     learn = a_game(content, adversarial=0.3)
     gan, loss = learn.model, learn.loss_func
     gan.generator = stirred(gan.generator)
-    small, good = learn.dls.one_batch()
+    small, clean = learn.dls.one_batch()
     gan.eval()
     with torch.no_grad():
         made = gan.generator(small)
-        real, fake = gan.critic(good), gan.critic(made)
-        wanted = content(made, good) + 0.3 * relativistic_loss(fake, real)
-        torch.testing.assert_close(loss.generator(made, good), wanted)
+        real, fake = gan.critic(clean), gan.critic(made)
+        wanted = content(made, clean) + 0.3 * relativistic_loss(fake, real)
+        torch.testing.assert_close(loss.generator(made, clean), wanted)
         torch.testing.assert_close(loss.critic(real, small), relativistic_loss(real, fake))
 
 
@@ -425,8 +424,8 @@ def test_a_game_goes_on_as_if_it_had_not_been_killed(kill, content, tmp_path):
     "Both networks, both averages, and what was seen."
 
     def run(path, *cbs):
-        learn, average = a_game(content), MovingAverage(0.9)
-        keep_going = KeepGoing(path, watch=learn.watch, average=average)
+        learn, average = a_game(content), WeightAverage(0.9)
+        keep_going = CheckpointEachEpoch(path, watch=learn.watch, average=average)
         try:
             learn.fit(3, 1e-3, cbs=[average, keep_going, *cbs])
         except Killed:
@@ -443,8 +442,8 @@ def test_a_game_goes_on_as_if_it_had_not_been_killed(kill, content, tmp_path):
 
 
 def test_a_loss_of_nan_stops_the_game(content):
-    learn = a_game(lambda made, good: (made * float('nan')).mean())
-    with pytest.raises(PhotoError, match='The loss of the generator is nan'):
+    learn = a_game(lambda made, clean: (made * float('nan')).mean())
+    with pytest.raises(EnhanceError, match='The loss of the generator is nan'):
         learn.fit(2, 1e-3)
 
 
@@ -471,7 +470,7 @@ def test_a_file_of_vgg19_is_not_given_to_the_network_of_style(monkeypatch):
 
 
 def test_another_content_is_refused():
-    with pytest.raises(PhotoError, match="no content loss on 'vgg16'.*vgg19"):
+    with pytest.raises(EnhanceError, match="no content loss on 'vgg16'.*vgg19"):
         generator_content('vgg16')
 
 
@@ -485,7 +484,7 @@ def test_the_moving_average_by_hand():
             if self.training:
                 seen.append(float(self.learn.model.body[0].skip))
 
-    average = MovingAverage(0.6)
+    average = WeightAverage(0.6)
     learn.fit(2, 1e-2, cbs=[average, Look()])
     assert len(seen) == 4 and len(set(seen)) == 4
     wanted = seen[0]
@@ -500,7 +499,7 @@ def test_the_moving_average_by_hand():
 
 def test_a_film_of_a_training(tmp_path):
     photo = sample_photo('cat').crop((0, 0, 16, 12))
-    film = Film(photo, every=3)
+    film = Snapshots(photo, every=3)
     learn = realtime_learner(small_dls(), RealtimeSR(4, 1), half=False)
     learn.fit(2, 1e-2, cbs=film)
     assert list(film.frames) == ['step 0', 'step 3']
@@ -508,7 +507,7 @@ def test_a_film_of_a_training(tmp_path):
     with Image.open(path) as gif:
         assert gif.n_frames == 2 and gif.size == (64, 48)
         assert gif.info['duration'] == 100
-    with pytest.raises(PhotoError, match='no frames'):
+    with pytest.raises(EnhanceError, match='no frames'):
         save_gif([], tmp_path / 'none.gif')
 
 
@@ -520,7 +519,7 @@ def test_between_two_networks():
     a, b = stirred(RealtimeSR(2, 1), 1), stirred(RealtimeSR(2, 1), 2)
     before = copy.deepcopy(a.state_dict())
     for strength in (0, 0.5, 1):
-        made = between(a, b, strength).state_dict()
+        made = interpolate(a, b, strength).state_dict()
         for name, value in made.items():
             wanted = (1 - strength) * a.state_dict()[name] + strength * b.state_dict()[name]
             torch.testing.assert_close(value, wanted)
@@ -530,13 +529,13 @@ def test_between_two_networks():
 @pytest.mark.parametrize('wrong', [-0.1, 1.1, float('nan'), float('inf')])
 def test_a_strength_outside_its_range_is_refused(wrong):
     a = RealtimeSR(2, 1)
-    with pytest.raises(PhotoError, match='from 0 to 1'):
-        between(a, a, wrong)
+    with pytest.raises(EnhanceError, match='from 0 to 1'):
+        interpolate(a, a, wrong)
 
 
 def test_nothing_is_between_different_networks():
-    with pytest.raises(PhotoError, match='different layers'):
-        between(RealtimeSR(2, 1), RealtimeSR(4, 1), 0.5)
+    with pytest.raises(EnhanceError, match='different layers'):
+        interpolate(RealtimeSR(2, 1), RealtimeSR(4, 1), 0.5)
 
 
 def test_the_slider_shows_what_was_asked_for():
@@ -554,7 +553,7 @@ def test_the_slider_shows_what_was_asked_for():
 
 @pytest.mark.parametrize('steps', [0, 1, -3])
 def test_a_slider_needs_two_strengths(steps):
-    with pytest.raises(PhotoError, match='2 or more'):
+    with pytest.raises(EnhanceError, match='2 or more'):
         StrengthSlider(RealtimeSR(2, 1), RealtimeSR(2, 1), Image.new('RGB', (9, 9)), steps)
 
 
@@ -587,7 +586,7 @@ def test_a_photo_or_a_path(tiny, tmp_path):
     path = save_photo(photo, tmp_path / 'small.png')
     assert enhance_image(lr_path=path, model=tiny) == enhance_image(photo, model=tiny)
     for options in ({}, {'lr_image': photo, 'lr_path': path}):
-        with pytest.raises(PhotoError, match='either'):
+        with pytest.raises(EnhanceError, match='either'):
             enhance_image(**options, model=tiny)
 
 
@@ -600,33 +599,33 @@ def test_it_can_be_shown(tiny, monkeypatch):
 
 @pytest.mark.parametrize('size', [(7, 100), (100, 7), (1, 1)])
 def test_too_small_a_photo_is_refused(size, tiny):
-    with pytest.raises(PhotoError, match='8×8 or more') as error:
+    with pytest.raises(EnhanceError, match='8×8 or more') as error:
         enhance_image(Image.new('RGB', size), model=tiny)
     one_line(error)
 
 
 def test_too_large_an_output_is_refused_before_it_is_computed(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(RealtimeSR, 'predict', lambda *a, **k: pytest.fail('it was computed'))
-    with pytest.raises(PhotoError, match='10400×10400 pixels, more than 100,000,000') as error:
+    with pytest.raises(EnhanceError, match='10400×10400 pixels, more than 100,000,000') as error:
         enhance_image(Image.new('RGB', (2600, 2600)), sr_path=tmp_path / 'a.png', model=tiny)
     one_line(error)
-    with pytest.raises(PhotoError, match='48×48'):
+    with pytest.raises(EnhanceError, match='48×48'):
         enhance_image(Image.new('RGB', (12, 12)), model=tiny, max_pixels=2000)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('scale', [1, 3, 8, 0, -4])
 def test_a_scale_that_there_is_no_model_for(scale, tiny):
-    with pytest.raises(PhotoError, match='2 or 4'):
+    with pytest.raises(EnhanceError, match='2 or 4'):
         enhance_image(Image.new('RGB', (9, 9)), scale=scale)
-    with pytest.raises(PhotoError, match='enlarges 4 times'):
+    with pytest.raises(EnhanceError, match='enlarges 4 times'):
         enhance_image(Image.new('RGB', (9, 9)), scale=scale, model=tiny)
 
 
 def test_what_is_no_photo(tiny, tmp_path):
     (tmp_path / 'text.jpg').write_text('no photo at all')
     for path in (tmp_path / 'text.jpg', tmp_path / 'none.png', tmp_path):
-        with pytest.raises(PhotoError) as error:
+        with pytest.raises(EnhanceError) as error:
             enhance_image(lr_path=path, sr_path=tmp_path / 'out.png', model=tiny)
         assert path.name in one_line(error)
     assert not (tmp_path / 'out.png').exists()
@@ -658,7 +657,7 @@ def test_every_round_of_the_published_training_runs(name, content, tmp_path, mon
     assert in_training and not any(in_training)
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
-    with pytest.raises(PhotoError, match=name):
+    with pytest.raises(EnhanceError, match=name):
         train_published(name + 'q', paths, tmp_path / 'b.ckpt', Budget('smoke'))
 
 
@@ -688,7 +687,7 @@ def test_mostly_one_way():
     ways = [recipe.draw(0, str(i))['steps'][0][1] for i in range(600)]
     usual = sum(way['kernel'] == 'bicubic' and way['antialias'] for way in ways)
     assert abs(usual - 400) < 46
-    assert {(way['kernel'], way['antialias']) for way in ways} == set(WAYS.values())
+    assert {(way['kernel'], way['antialias']) for way in ways} == set(DOWNSCALING.values())
     assert '8 times as often' in recipe.about
 
 
@@ -731,8 +730,8 @@ def test_the_feature_distance_on_the_card_is_that_of_the_weights():
     if not features.is_file():
         pytest.skip('SqueezeNet does not lie beside the project')
     net, model, found = feature_net(features), load_model('realtime-x4-gan'), []
-    for small, good in bench_pairs(SET5 / 'x4'):
-        found.append(feature_distance(model.predict(small), good, net))
+    for small, clean in bench_pairs(SET5 / 'x4'):
+        found.append(feature_distance(model.predict(small), clean, net))
     _, after = on_card('realtime-x4-gan', 'Set5')['feature distance']
     assert sum(found) / len(found) == pytest.approx(after, abs=0.001)
 

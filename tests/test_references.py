@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from enhance_lib.crappify import crappify_folder, get_recipe, resize_folder
-from enhance_lib.enhance import enhance, upgrade
-from enhance_lib.gan import evaluate, evaluation_means
-from enhance_lib.photos import open_photo, sample_photo
-from enhance_lib.workbench import load_model, published
+from enhance_lib.applications.batch import crappify_folder, resize_folder
+from enhance_lib.crappify import get_recipe
+from enhance_lib.applications.image2 import upgrade
+from enhance_lib.enhance import enhance
+from enhance_lib.applications.evaluate import evaluate, evaluation_means
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.files import open_photo
+from enhance_lib.toolbox.models import load_model, published
 
 HERE = Path(__file__).parent / 'references'
 

@@ -15,21 +15,19 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from enhance_lib import srcnn
-from enhance_lib.measure import TASKS, read_card, rgb_to_ycbcr, to_photo, to_tensor
-from enhance_lib.photos import Budget, PhotoError, find_photos, sample_photo, save_photo
-from enhance_lib.srcnn import (
-    PUBLISHED,
-    SRCNN,
-    SheetPairs,
-    enlarge,
-    fit,
-    luma_pair,
-    train_published,
-    validate,
-    write_sheets,
-)
-from enhance_lib.workbench import WEIGHTS, load_model, pair_loaders, published, recipe_dls
+from enhance_lib.enhance_lib import srcnn
+from enhance_lib.applications.scoreboard import TASKS
+from enhance_lib.measure import rgb_to_ycbcr
+from enhance_lib.toolbox.models import read_card
+from enhance_lib.toolbox.tensors import to_photo, to_tensor
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import find_photos, save_photo
+from enhance_lib.toolbox.show import Budget
+from enhance_lib.applications.batch import SheetPairs, write_sheets
+from enhance_lib.srcnn import PUBLISHED, SRCNN, enlarge, fit, luma_pair, train_published, validate
+from enhance_lib.toolbox.models import WEIGHTS, load_model, published
+from enhance_lib.toolbox.pairs import pair_loaders, recipe_dls
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -92,7 +90,7 @@ def test_enlarge_is_bicubic_of_pillow(scale, data):
     assert np.abs(ours.numpy() - np.asarray(pillow)).max() < 0.01
 
 
-def test_colours_are_carried_by_bicubic():
+def test_colors_are_carried_by_bicubic():
     torch.manual_seed(0)
     net, x = SRCNN(scale=3), to_tensor(sample_photo('coffee').crop((200, 100, 240, 130)))
     with torch.inference_mode():
@@ -117,8 +115,8 @@ def test_an_untrained_residual_of_zero_is_bicubic():
 
 
 def test_a_sheet_wants_two_of_one_size(tmp_path):
-    "Or else `bad` would be cut at other places than `good`, without a word."
-    with pytest.raises(PhotoError, match='cat: bad is 225×150 and good 450×300'):
+    "Or else `degraded` would be cut at other places than `clean`, without a word."
+    with pytest.raises(EnhanceError, match='cat: bad is 225×150 and good 450×300'):
         write_sheets({'cat': sample_photo('cat')}, tmp_path, TASKS['x2'])
     assert not list(tmp_path.iterdir())
 
@@ -128,29 +126,29 @@ def test_sheets_hold_good_left_and_bad_right(tmp_path):
     assert write_sheets({'cat': cat}, tmp_path) == 64  # 1024×1024 in tiles of 128×128
     pairs = SheetPairs(tmp_path)
     assert len(pairs) == 64
-    good = np.asarray(cat.resize((1024, 1024), Image.Resampling.BICUBIC).convert('L'))
+    clean = np.asarray(cat.resize((1024, 1024), Image.Resampling.BICUBIC).convert('L'))
     by_name = dict(zip([p.stem for p in pairs.paths], range(64)))
     bad_tile, good_tile = pairs[by_name['cat-256-128']]
     assert bad_tile.shape == good_tile.shape == (1, 128, 128)
-    here = good[128:256, 256:384]
+    here = clean[128:256, 256:384]
     assert np.array_equal((good_tile[0] * 255).round().numpy(), here)
     off = np.abs((bad_tile[0] * 255).numpy() - here)
     assert 0.5 < off.mean() < 10  # JPEG of quality 20
 
 
 def test_sheets_that_are_none(tmp_path):
-    with pytest.raises(PhotoError):
+    with pytest.raises(EnhanceError):
         SheetPairs(tmp_path)
     save_photo(sample_photo('cat').crop((0, 0, 33, 20)), tmp_path / 'odd.png')
-    with pytest.raises(PhotoError, match='33 wide'):
+    with pytest.raises(EnhanceError, match='33 wide'):
         SheetPairs(tmp_path)[0]
 
 
 def test_luma_pair_brings_both_to_one_size():
-    bad, good = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 24, 24)
-    x, y = luma_pair(bad, good)
+    degraded, clean = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 24, 24)
+    x, y = luma_pair(degraded, clean)
     assert x.shape == y.shape == (2, 1, 24, 24)
-    by_hand = (16 + 65.481 * good[:, 0] + 128.553 * good[:, 1] + 24.966 * good[:, 2]) / 255
+    by_hand = (16 + 65.481 * clean[:, 0] + 128.553 * clean[:, 1] + 24.966 * clean[:, 2]) / 255
     assert torch.allclose(y[:, 0], by_hand, atol=1e-5)
     gray = torch.rand(1, 1, 8, 8)
     assert luma_pair(gray, gray)[0] is gray
@@ -173,10 +171,10 @@ def test_validation_by_hand(photos):
 
     dls = gray_dls(photos)
     before, after = [], []
-    for bad, good in dls.valid:
+    for degraded, clean in dls.valid:
         inside = (slice(None), slice(None), slice(6, 26), slice(6, 26))
-        before.append(F.mse_loss(bad[inside], good[inside]))
-        after.append(F.mse_loss(bad[inside] / 2, good[inside]))
+        before.append(F.mse_loss(degraded[inside], clean[inside]))
+        after.append(F.mse_loss(degraded[inside] / 2, clean[inside]))
     expected = [-10 * math.log10(torch.stack(e).mean()) for e in (before, after)]
     found = validate(Half(), dls)
     assert found == pytest.approx(expected, abs=0.1)  # half precision rounds the prediction
@@ -201,12 +199,12 @@ def test_a_checkpoint_of_another_network(photos, tmp_path):
             super().__init__()
             self.conv1, self.conv2 = nn.Conv2d(1, 65, 9), nn.Conv2d(65, 32, 1)
 
-    with pytest.raises(PhotoError, match=r'a\.ckpt.* does not fit'):
+    with pytest.raises(EnhanceError, match=r'a\.ckpt.* does not fit'):
         fit(Wider(), gray_dls(photos), 1, checkpoint=path, progress=False)
 
 
 def test_an_unknown_published_model(photos, tmp_path):
-    with pytest.raises(PhotoError, match='srcnn-x2'):
+    with pytest.raises(EnhanceError, match='srcnn-x2'):
         train_published('srcnn-x5', find_photos(photos), tmp_path / 'a.ckpt', Budget('smoke'))
 
 
@@ -223,7 +221,7 @@ def test_the_card_says_what_there_is(name):
     model, card = load_model(name), read_card(WEIGHTS / f'{name}.json')
     assert isinstance(model, SRCNN) and model.scale == card['scale'] == scale
     assert card['parameters'] == 8129 and card['task'] == task and card['budget'] == 'full'
-    assert {'recipe', 'training', 'scores', 'command', 'licence', 'machine'} <= set(card)
+    assert {'recipe', 'training', 'scores', 'command', 'license', 'machine'} <= set(card)
     assert [row['model'] for row in card['scoreboard']] == ['input', name]
     before, after = card['scoreboard']
     assert after['dB'] > before['dB'] and after['SSIM'] > before['SSIM']
@@ -256,14 +254,14 @@ def test_classic5_by_the_yardstick():
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_half_precision_costs_next_to_nothing(name):
     "Within 0.02 dB of the same weights run plainly."
-    model, (bad, good) = (
+    model, (degraded, clean) = (
         load_model(name),
         TASKS[PUBLISHED[name]['task']].pair(sample_photo('china')),
     )
     with torch.inference_mode():
-        plain = to_photo(load_model(name).enhance(to_tensor(bad)))
-    fast = model.predict(bad)
-    truth = np.asarray(good, float)
+        plain = to_photo(load_model(name).enhance(to_tensor(degraded)))
+    fast = model.predict(degraded)
+    truth = np.asarray(clean, float)
     decibels = [
         10 * np.log10(255**2 / np.mean((np.asarray(p) - truth) ** 2)) for p in (plain, fast)
     ]
@@ -317,10 +315,10 @@ def test_loaders_on_sheets(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         dls = pair_loaders(SheetPairs(tmp_path), SheetPairs(tmp_path), bs=8, device='cpu')
-        bad, good = dls.one_batch()
-    assert bad.shape == good.shape == (8, 1, 128, 128) and len(dls.train) == 8
+        degraded, clean = dls.one_batch()
+    assert degraded.shape == clean.shape == (8, 1, 128, 128) and len(dls.train) == 8
 
 
 def test_no_epochs_are_refused(photos):
-    with pytest.raises(PhotoError, match='0 epochs'):
+    with pytest.raises(EnhanceError, match='0 epochs'):
         fit(SRCNN(), gray_dls(photos), 0, progress=False)

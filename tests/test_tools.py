@@ -38,12 +38,12 @@ def run_course(root, *names):
 
 def test_course_goes_on_after_a_failure_and_reports_it(tmp_path):
     save(tmp_path / 'nbs' / '00_bad.ipynb', HEADER, 'x = 1', '#| hide\nx / 0', 'x = 2')
-    good = "import os, sys\nsys.executable + ' ' + os.environ['ENHANCE_BUDGET']"
-    save(tmp_path / 'nbs' / '01_good.ipynb', HEADER, good, PICTURE)
+    clean = "import os, sys\nsys.executable + ' ' + os.environ['ENHANCE_BUDGET']"
+    save(tmp_path / 'nbs' / '01_good.ipynb', HEADER, clean, PICTURE)
     done = run_course(tmp_path)
     assert done.returncode == 1
     assert 'FAILED: 00_bad, code cell 2 (x / 0): ZeroDivisionError: division by zero' in done.stdout
-    assert '\x1b' not in done.stdout, 'colour codes in a log'
+    assert '\x1b' not in done.stdout, 'color codes in a log'
     assert '1 of 2 notebooks failed: 00_bad' in done.stderr
 
     gallery = (tmp_path / '_course' / 'index.html').read_text(encoding='utf-8')

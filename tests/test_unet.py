@@ -20,23 +20,28 @@ from torch.nn import functional as F
 
 import enhance_lib.unet as module
 from enhance_lib.crappify import RECIPES
-from enhance_lib.measure import TASKS, WEIGHTS, to_tensor
-from enhance_lib.photos import PhotoError, PhotoWarning, find_photos, open_photo, sample_photo
+from enhance_lib.applications.scoreboard import TASKS
+from enhance_lib.toolbox.models import WEIGHTS
+from enhance_lib.toolbox.tensors import to_tensor
+from enhance_lib.toolbox.datasets import sample_photo
+from enhance_lib.toolbox.errors import EnhanceError, EnhanceWarning
+from enhance_lib.toolbox.files import find_photos, open_photo
+from enhance_lib.applications.train import export_unet, train_unet
+from enhance_lib.toolbox.features import timm_network
+from enhance_lib.toolbox.training import Augment
 from enhance_lib.unet import (
     PUBLISHED,
-    Augment,
     UNet,
     encoder_layers,
-    export_unet,
     fit_in_phases,
     get_unet,
-    timm_network,
     train_published,
-    train_unet,
     two_groups,
     unet_parameters,
 )
-from enhance_lib.workbench import load_model, recipe_dls, set_seed
+from enhance_lib.toolbox.models import load_model
+from enhance_lib.toolbox.pairs import recipe_dls
+from enhance_lib.workbench import set_seed
 
 SMALL = {'model_name': 'test_resnet', 'pretrained': False}
 PLAIN = {'blur': False, 'self_attention': False}
@@ -64,7 +69,7 @@ def pieces(n=4, side=72, seed=0):
 
 
 def small_dls(n=4, size=64, bs=2, recipe='gan', seed=0):
-    return recipe_dls(pieces(n, seed=seed), pieces(2, seed=1), recipe, size, bs, turn=False)
+    return recipe_dls(pieces(n, seed=seed), pieces(2, seed=1), recipe, size, bs, augment=False)
 
 
 @cache
@@ -119,7 +124,7 @@ def test_parameters_are_those_of_fastai():
 
 
 def test_an_unknown_encoder_suggests_the_nearest():
-    with pytest.raises(PhotoError, match="'resnet81'.*Did you mean .*resnet18") as error:
+    with pytest.raises(EnhanceError, match="'resnet81'.*Did you mean .*resnet18") as error:
         get_unet(small_dls(), 'resnet81')
     one_line(error)
 
@@ -129,7 +134,7 @@ def test_an_unknown_encoder_suggests_the_nearest():
 )
 def test_an_encoder_that_a_unet_can_not_be_built_on(name):
     "Said before anything is trained or even built."
-    with pytest.raises(PhotoError, match=f'can not be built on {name}') as error:
+    with pytest.raises(EnhanceError, match=f'can not be built on {name}') as error:
         get_unet(small_dls(), name, pretrained=False)
     one_line(error)
 
@@ -154,18 +159,18 @@ def test_weights_that_can_not_be_had(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HOME', str(tmp_path))
     (tmp_path / 'other.safetensors').write_bytes(b'nothing')
     for pretrained in (True, tmp_path / 'other.safetensors'):
-        with pytest.raises(PhotoError, match='timm can not give test_resnet'):
+        with pytest.raises(EnhanceError, match='timm can not give test_resnet'):
             get_unet(small_dls(), 'test_resnet', pretrained)
-    with pytest.raises(PhotoError, match='no file .*gone.safetensors'):
+    with pytest.raises(EnhanceError, match='no file .*gone.safetensors'):
         get_unet(small_dls(), 'test_resnet', tmp_path / 'gone.safetensors')
 
 
 def test_a_large_unet_warns_before_it_is_built(monkeypatch):
     monkeypatch.setattr(module, 'LARGE', 1_000_000)
-    with pytest.warns(PhotoWarning, match='test_resnet has 3 million.*0.0 GB'):
+    with pytest.warns(EnhanceWarning, match='test_resnet has 3 million.*0.0 GB'):
         get_unet(small_dls(), **SMALL, **PLAIN)
     with warnings.catch_warnings():
-        warnings.simplefilter('error', PhotoWarning)
+        warnings.simplefilter('error', EnhanceWarning)
         monkeypatch.setattr(module, 'LARGE', 3_000_000)
         get_unet(small_dls(), **SMALL, **PLAIN)
 
@@ -200,7 +205,7 @@ def trained_a_little(seed=0):
     return model.eval()
 
 
-def test_colours_are_normalised_as_the_encoder_was_trained():
+def test_colors_are_normalized_as_the_encoder_was_trained():
     model = trained_a_little()
     config = timm.data.resolve_model_data_config(timm.create_model('test_resnet'))
     mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
@@ -225,10 +230,10 @@ def test_photos_of_any_size_and_mode_come_out_as_they_went_in(name, mode, size):
 
 @both
 def test_half_precision_costs_next_to_nothing(name):
-    good = sample_photo('coffee').crop((100, 50, 292, 242))
-    bad = RECIPES['gan'](good, 0, 'coffee')
-    outputs = [np.asarray(the_model(name).predict(bad, fast=fast)) for fast in (True, False)]
-    a, b = (peak_signal_noise_ratio(np.asarray(good), output) for output in outputs)
+    clean = sample_photo('coffee').crop((100, 50, 292, 242))
+    degraded = RECIPES['gan'](clean, 0, 'coffee')
+    outputs = [np.asarray(the_model(name).predict(degraded, fast=fast)) for fast in (True, False)]
+    a, b = (peak_signal_noise_ratio(np.asarray(clean), output) for output in outputs)
     assert a == pytest.approx(b, abs=0.05)
 
 
@@ -296,7 +301,7 @@ def test_the_rates_are_those_of_image_2():
     assert [row[0] for row in asked] == [1]
 
 
-def test_the_optimiser_is_that_of_image_2():
+def test_the_optimizer_is_that_of_image_2():
     learn = get_unet(small_dls(), **SMALL)
     learn.create_opt()
     with learn.no_bar(), learn.no_logging():
@@ -325,19 +330,19 @@ def test_it_learns():
     x, y = x[..., :64, :64], y[..., :64, :64]
     set_seed(0)
     model = UNet('test_resnet')
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(25):
         loss = F.mse_loss(model(x), y)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
 
 
 def test_photos_that_would_have_to_be_enlarged():
-    with pytest.raises(PhotoError, match='32×32.*64×64.*does not enlarge'):
+    with pytest.raises(EnhanceError, match='32×32.*64×64.*does not enlarge'):
         get_unet(small_dls(recipe=TASKS['x2']), **SMALL)
 
 
@@ -345,15 +350,15 @@ def test_both_photos_of_a_pair_are_turned_alike():
     learn = get_unet(small_dls(), **SMALL)
     augment = Augment(degrees=30)
     learn.add_cb(augment)
-    _, good = learn.dls.one_batch()
-    learn.xb, learn.yb, learn.training = (good,), (good,), True
+    _, clean = learn.dls.one_batch()
+    learn.xb, learn.yb, learn.training = (clean,), (clean,), True
     augment('before_batch')
-    assert torch.equal(learn.xb[0], learn.yb[0]) and not torch.equal(learn.xb[0], good)
-    assert type(learn.xb[0]) is torch.Tensor and learn.xb[0].shape == good.shape
+    assert torch.equal(learn.xb[0], learn.yb[0]) and not torch.equal(learn.xb[0], clean)
+    assert type(learn.xb[0]) is torch.Tensor and learn.xb[0].shape == clean.shape
     assert 0 <= float(learn.xb[0].min()) and float(learn.xb[0].max()) <= 1
-    learn.xb, learn.yb, learn.training = (good,), (good,), False
+    learn.xb, learn.yb, learn.training = (clean,), (clean,), False
     augment('before_batch')
-    assert learn.xb[0] is good
+    assert learn.xb[0] is clean
 
 
 # What is kept
@@ -384,9 +389,9 @@ def test_what_is_kept_gives_the_same_photos(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    "Ten good photos and bad ones, and the table that says which validate."
+    "Ten clean photos and degraded ones, and the table that says which validate."
     for i, photo in enumerate(pieces(10)):
-        for folder, kept in (('good', photo), ('bad', RECIPES['image2'](photo, i))):
+        for folder, kept in (('clean', photo), ('degraded', RECIPES['image2'](photo, i))):
             (tmp_path / folder).mkdir(exist_ok=True)
             kept.save(tmp_path / folder / f'{i}.png')
     rows = '\n'.join(f'{i}.png,{i > 7}' for i in range(10))
@@ -403,11 +408,11 @@ def quick(*args, **options):
 
 
 def test_a_training_from_disk(folders):
-    bad, table = folders / 'bad', folders / 'photos.csv'
-    scores = quick(folders / 'good', folders / 'mine', bad, table, sizes=(72,), device='cpu')
+    degraded, table = folders / 'degraded', folders / 'photos.csv'
+    scores = quick(folders / 'clean', folders / 'mine', degraded, table, sizes=(72,), device='cpu')
     found = [
         peak_signal_noise_ratio(
-            *(np.asarray(Image.open(folders / side / f'{i}.png')) for side in ('good', 'bad'))
+            *(np.asarray(Image.open(folders / side / f'{i}.png')) for side in ('clean', 'degraded'))
         )
         for i in (8, 9)
     ]
@@ -420,10 +425,10 @@ def test_a_training_from_disk(folders):
 
 
 def test_a_training_by_a_recipe_with_a_table(folders):
-    quick(folders / 'good', folders / 'mine', table=folders / 'photos.csv', recipe='gan')
+    quick(folders / 'clean', folders / 'mine', table=folders / 'photos.csv', recipe='gan')
     card = json.loads((folders / 'mine.json').read_text())
     assert card['photos'] == 8 and card['recipe'] == 'gan'
-    quick(folders / 'good', folders / 'other')
+    quick(folders / 'clean', folders / 'other')
     assert json.loads((folders / 'other.json').read_text())['photos'] == 9
 
 
@@ -453,11 +458,11 @@ def interrupted(monkeypatch, n, *args, **options):
 def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, n):
     "And ends with the same weights: in the first phase, between the two, and in the second size."
     plan = {'sizes': (64, 72), 'device': 'cpu'}
-    args = folders / 'good', folders / 'mine', folders / 'bad', folders / 'photos.csv'
+    args = folders / 'clean', folders / 'mine', folders / 'degraded', folders / 'photos.csv'
     quick(args[0], folders / 'whole', *args[2:], **plan)
     interrupted(monkeypatch, n, *args, **plan)
     assert not (folders / 'mine.safetensors').exists()
-    with pytest.raises(PhotoError, match='interrupted in .*resume') as error:
+    with pytest.raises(EnhanceError, match='interrupted in .*resume') as error:
         quick(*args, **plan)
     one_line(error)
     quick(*args, **plan, resume=True)
@@ -467,25 +472,25 @@ def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, n):
 
 
 def test_a_training_goes_on_only_as_it_was_begun(folders, monkeypatch):
-    args = folders / 'good', folders / 'mine', folders / 'bad'
+    args = folders / 'clean', folders / 'mine', folders / 'degraded'
     interrupted(monkeypatch, 1, *args)
-    with pytest.raises(PhotoError, match='begun with bs 4, not 2'):
+    with pytest.raises(EnhanceError, match='begun with bs 4, not 2'):
         quick(*args, resume=True, **{'bs': 2})
     (folders / 'mine.training' / 'plan.json').write_text('{')
-    with pytest.raises(PhotoError, match='plan.json'):
+    with pytest.raises(EnhanceError, match='plan.json'):
         quick(*args, resume=True)
 
 
 @pytest.mark.parametrize('suffix', ['safetensors', 'json', 'pkl'])
 def test_what_is_there_is_not_overwritten(folders, suffix):
     (folders / f'mine.{suffix}').write_bytes(b'precious')
-    with pytest.raises(PhotoError, match=f'{suffix}. is there already'):
-        quick(folders / 'good', folders / 'mine')
+    with pytest.raises(EnhanceError, match=f'{suffix}. is there already'):
+        quick(folders / 'clean', folders / 'mine')
     assert (folders / f'mine.{suffix}').read_bytes() == b'precious'
 
 
 def test_resume_without_a_beginning_begins(folders):
-    quick(folders / 'good', folders / 'mine', resume=True)
+    quick(folders / 'clean', folders / 'mine', resume=True)
     assert (folders / 'mine.safetensors').exists()
 
 
@@ -501,8 +506,8 @@ def test_resume_without_a_beginning_begins(folders):
         ({'table': 'missing.csv'}, r'12 photos of .* are not in .*: 10.png, .*19.png, …'),
         ({'table': 'no_valid.csv'}, 'no photo to validate with'),
         ({'table': 'nowhere.csv'}, 'nowhere.csv'),
-        ({'bad': 'odd'}, r'good/3.png.*Bad is 50×50 and good 72×72'),
-        ({'bad': 'good/empty'}, 'empty'),
+        ({'degraded': 'odd'}, r'good/3.png.*Bad is 50×50 and good 72×72'),
+        ({'degraded': 'good/empty'}, 'empty'),
     ],
 )
 def test_what_can_not_be_trained_says_so(folders, change, words):
@@ -511,12 +516,12 @@ def test_what_can_not_be_trained_says_so(folders, change, words):
     (folders / 'missing.csv').write_text(f'fnames,is_val\n{rows}\n')
     (folders / 'no_valid.csv').write_text('fnames,is_val\n1.png,False\n2.png,False\n')
     (folders / 'odd').mkdir()
-    for path in (folders / 'bad').iterdir():
+    for path in (folders / 'degraded').iterdir():
         size = (50, 50) if path.stem == '3' else (72, 72)
         Image.open(path).resize(size).save(folders / 'odd' / path.name)
-    change = {k: folders / v if k in ('table', 'bad') else v for k, v in change.items()}
-    with pytest.raises(PhotoError, match=words):
-        quick(folders / 'good', folders / 'mine', **change)
+    change = {k: folders / v if k in ('table', 'degraded') else v for k, v in change.items()}
+    with pytest.raises(EnhanceError, match=words):
+        quick(folders / 'clean', folders / 'mine', **change)
     assert not [*folders.glob('mine.*s*')]  # neither weights nor a learner
 
 
@@ -524,7 +529,7 @@ def test_what_can_not_be_trained_says_so(folders, change, words):
 
 
 def test_an_unknown_published_model():
-    with pytest.raises(PhotoError, match="'unet'.*unet-mse"):
+    with pytest.raises(EnhanceError, match="'unet'.*unet-mse"):
         train_published('unet', [], 'x', None)
 
 
@@ -564,9 +569,11 @@ def test_the_card_is_right(name):
     "Every tenth photo gains about as much as the card says of all, by scikit-image."
     gains = []
     for path in find_photos(VAL)[::10]:
-        bad, good = RECIPES['gan'].pair(open_photo(path), 0, path.name, 256)
-        better = the_model(name).predict(bad)
-        a, b = (peak_signal_noise_ratio(np.asarray(good), np.asarray(p)) for p in (bad, better))
+        degraded, clean = RECIPES['gan'].pair(open_photo(path), 0, path.name, 256)
+        better = the_model(name).predict(degraded)
+        a, b = (
+            peak_signal_noise_ratio(np.asarray(clean), np.asarray(p)) for p in (degraded, better)
+        )
         gains.append(b - a)
     said = on_val(name)
     assert np.mean(gains) == pytest.approx(said['output'] - said['input'], abs=0.8)

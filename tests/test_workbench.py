@@ -28,35 +28,33 @@ from scipy.ndimage import uniform_filter
 from torch import nn
 from torch.nn import functional as F
 
-from enhance_lib import srcnn, workbench
-from enhance_lib.crappify import Recipe, Step, crappify_folder
-from enhance_lib.measure import TASKS
-from enhance_lib.photos import PhotoError, save_photo, tile_boxes
+from enhance_lib.enhance_lib import srcnn, workbench
+from enhance_lib.applications.batch import crappify_folder
+from enhance_lib.crappify import Recipe, Step
+from enhance_lib.applications.scoreboard import TASKS
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import save_photo
+from enhance_lib.toolbox.tiles import tile_boxes
 from enhance_lib.srcnn import SRCNN
-from enhance_lib.workbench import (
-    AutocastCPU,
-    KeepGoing,
-    Order,
-    Pairs,
-    PhotoCache,
-    PhotoModel,
-    autocast,
-    bad_versions,
-    crop_pair,
-    folder_dls,
-    half_dtype,
-    half_precision,
+from enhance_lib.toolbox.checkpoints import (
+    LoaderState,
     load_checkpoint,
-    load_model,
-    pair_loaders,
-    pick_device,
-    published,
     random_states,
-    recipe_dls,
     save_checkpoint,
-    save_weights,
     set_random_states,
 )
+from enhance_lib.toolbox.device import autocast, half_dtype, pick_device
+from enhance_lib.toolbox.models import PhotoModel, load_model, published, save_weights
+from enhance_lib.toolbox.pairs import (
+    Pairs,
+    PhotoCache,
+    crop_pair,
+    degraded_versions,
+    folder_dls,
+    pair_loaders,
+    recipe_dls,
+)
+from enhance_lib.toolbox.training import AutocastCPU, CheckpointEachEpoch, half_precision
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
@@ -77,8 +75,8 @@ def one_line(error):
 
 @contextmanager
 def refused(*words):
-    "What happens inside has to raise PhotoError, with all of `words` in its only line."
-    with pytest.raises(PhotoError) as error:
+    "What happens inside has to raise EnhanceError, with all of `words` in its only line."
+    with pytest.raises(EnhanceError) as error:
         yield
     message = one_line(error)
     for word in words:
@@ -294,16 +292,16 @@ def test_cache_keeps_nothing_of_a_damaged_file(tmp_path):
     st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.data(), st.booleans(),
 )  # fmt: skip
 def test_both_crops_show_the_same_place(scale, width, height, data, random_place):
-    good = place_photo(scale * width, scale * height)
-    bad = Image.fromarray(np.asarray(good)[::scale, ::scale])
+    clean = place_photo(scale * width, scale * height)
+    degraded = Image.fromarray(np.asarray(clean)[::scale, ::scale])
     small = data.draw(st.integers(1, min(width, height)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99))) if random_place else None
-    bad_crop, good_crop = crop_pair(bad, good, scale * small, rng)
+    bad_crop, good_crop = crop_pair(degraded, clean, scale * small, rng)
     assert bad_crop.size == (small, small)
     assert good_crop.size == (scale * small, scale * small)
     np.testing.assert_array_equal(pixels(bad_crop), pixels(good_crop)[::scale, ::scale])
     left, top, _ = good_crop.getpixel((0, 0))
-    expected = good.crop((left, top, left + scale * small, top + scale * small))
+    expected = clean.crop((left, top, left + scale * small, top + scale * small))
     np.testing.assert_array_equal(pixels(good_crop), pixels(expected))
     if not random_place:
         assert (left, top) == (scale * ((width - small) // 2), scale * ((height - small) // 2))
@@ -316,7 +314,7 @@ def test_crops_lie_everywhere():
 
 
 @pytest.mark.parametrize(
-    'bad, good, size, words',
+    'degraded, clean, size, words',
     [
         ((10, 10), (20, 21), 8, ['10×10', '20×21']),
         ((10, 10), (15, 15), 5, ['10×10', '15×15']),
@@ -329,10 +327,10 @@ def test_crops_lie_everywhere():
         ((10, 30), (10, 30), 11, ['10×30', '11×11']),
     ],
 )
-def test_pairs_that_do_not_fit_are_refused(bad, good, size, words):
+def test_pairs_that_do_not_fit_are_refused(degraded, clean, size, words):
     for rng in (None, np.random.default_rng(0)):
         with refused(*words):
-            crop_pair(Image.new('RGB', bad), Image.new('RGB', good), size, rng)
+            crop_pair(Image.new('RGB', degraded), Image.new('RGB', clean), size, rng)
 
 
 @pytest.mark.parametrize('size', [0, -2])
@@ -382,11 +380,11 @@ def test_fixed_pairs_are_always_the_same():
     np.random.seed(2)
     again = [Pairs(crops_of_two_sizes, photos, 4, True)[i] for i in range(8)]
     assert all(torch.equal(a, b) for p, q in zip(first, again) for a, b in zip(p, q))
-    corners = [tuple(levels(good)[0, 0, :2]) for _, good in first]
+    corners = [tuple(levels(clean)[0, 0, :2]) for _, clean in first]
     assert len(set(corners)) > 4  # each pair is of another place
-    for bad, good in first:  # upright: columns and rows count upwards
-        assert (np.diff(levels(good)[0, :, 0]) == 1).all()
-        assert (np.diff(levels(bad)[:, 0, 1]) == 2).all()
+    for degraded, clean in first:  # upright: columns and rows count upwards
+        assert (np.diff(levels(clean)[0, :, 0]) == 1).all()
+        assert (np.diff(levels(degraded)[:, 0, 1]) == 2).all()
 
 
 def test_other_pairs_follow_the_random_state_of_numpy():
@@ -400,37 +398,37 @@ def test_other_pairs_follow_the_random_state_of_numpy():
 
 
 def test_bad_and_good_are_turned_alike_in_all_eight_ways():
-    bad, good = place_photo(4, 4), place_photo(8, 8)
-    ways, big = [eight(pixels(p)[..., :2]) for p in (bad, good)]
-    pairs = Pairs(lambda item, rng: (bad, good), [0])
+    degraded, clean = place_photo(4, 4), place_photo(8, 8)
+    ways, big = [eight(pixels(p)[..., :2]) for p in (degraded, clean)]
+    pairs = Pairs(lambda item, rng: (degraded, clean), [0])
     np.random.seed(0)
     counts = np.zeros(8, int)
     for _ in range(800):
         x, y = (levels(p)[..., :2] for p in pairs[0])
-        turn = [i for i, way in enumerate(ways) if (way == x).all()]
-        assert len(turn) == 1 and (big[turn[0]] == y).all()
-        counts[turn[0]] += 1
+        augment = [i for i, way in enumerate(ways) if (way == x).all()]
+        assert len(augment) == 1 and (big[augment[0]] == y).all()
+        counts[augment[0]] += 1
     assert counts.min() > 50 and counts.max() < 150  # 100 each; 50 off is five sigma
 
 
 def test_pairs_that_are_not_turned_stay_as_they_were_made():
     "And are of other places in each epoch, unlike fixed ones."
-    pairs = Pairs(crops_of_two_sizes, [place_photo(40, 32)], turn=False)
+    pairs = Pairs(crops_of_two_sizes, [place_photo(40, 32)], augment=False)
     corners = set()
     for _ in range(40):
-        bad, good = (levels(x) for x in pairs[0])
-        assert (np.diff(good[0, :, 0]) == 1).all() and (np.diff(good[:, 0, 1]) == 1).all()
-        assert (np.diff(bad[0, :, 0]) == 2).all() and (np.diff(bad[:, 0, 1]) == 2).all()
-        corners.add(tuple(good[0, 0, :2]))
+        degraded, clean = (levels(x) for x in pairs[0])
+        assert (np.diff(clean[0, :, 0]) == 1).all() and (np.diff(clean[:, 0, 1]) == 1).all()
+        assert (np.diff(degraded[0, :, 0]) == 2).all() and (np.diff(degraded[:, 0, 1]) == 2).all()
+        corners.add(tuple(clean[0, 0, :2]))
     assert len(corners) > 10
 
 
 # Loaders that make pairs on the fly
 
 
-def same_place(bad, whole, photo, good, scale=2):
-    "Whether `bad` (turned somehow) is cut out of `whole` where `good` is cut out of `photo`."
-    for b, g in zip(eight(levels(bad)), eight(levels(good))):
+def same_place(degraded, whole, photo, clean, scale=2):
+    "Whether `degraded` (turned somehow) is cut out of `whole` where `clean` is cut out of `photo`."
+    for b, g in zip(eight(levels(degraded)), eight(levels(clean))):
         left, top = g[0, 0, :2]
         size = len(g)
         if np.array_equal(g, pixels(photo)[top : top + size, left : left + size]):
@@ -449,10 +447,10 @@ def test_batches_of_half_sized_and_whole_crops():
     assert shapes == [((2, 3, 6, 6), (2, 3, 24, 24)), ((1, 3, 6, 6), (1, 3, 24, 24))]
     dls = recipe_dls(photos, photos[:1], TASKS['x2'], 16, 2, per_photo=3, device='cpu')
     assert len(list(dls.train)) == len(dls.train) == 7  # 15 crops
-    for bad, good in [*dls.train, *dls.valid]:
-        assert bad.shape[1:] == (3, 8, 8) and good.shape[1:] == (3, 16, 16)
-        assert bad.dtype == good.dtype == torch.float32
-        assert bad.min() >= 0 and good.max() <= 1 and good.std() > 0.1
+    for degraded, clean in [*dls.train, *dls.valid]:
+        assert degraded.shape[1:] == (3, 8, 8) and clean.shape[1:] == (3, 16, 16)
+        assert degraded.dtype == clean.dtype == torch.float32
+        assert degraded.min() >= 0 and clean.max() <= 1 and clean.std() > 0.1
 
 
 def test_fewer_photos_than_a_batch_still_train():
@@ -473,25 +471,25 @@ def test_each_crop_is_crappified_anew():
     "Cut first, then shrunk: exactly what Pillow makes of the crop."
     photo = place_photo(41, 33)
     dls = recipe_dls([photo], [photo], TASKS['x2'], size=12, per_photo=8, bs=1, device='cpu')
-    for bad, good in [*dls.valid, *dls.train]:
-        upright = [g for g in eight(levels(good[0])) if g[0, 0, 0] < g[0, 1, 0]]
+    for degraded, clean in [*dls.valid, *dls.train]:
+        upright = [g for g in eight(levels(clean[0])) if g[0, 0, 0] < g[0, 1, 0]]
         upright = next(g for g in upright if g[0, 0, 1] < g[1, 0, 1] and g[0, 0, 1] == g[0, 1, 1])
         small = Image.fromarray(upright.astype(np.uint8)).resize((6, 6), Image.Resampling.BICUBIC)
-        assert any((way == pixels(small)).all() for way in eight(levels(bad[0])))
+        assert any((way == pixels(small)).all() for way in eight(levels(degraded[0])))
 
 
 @pytest.mark.parametrize('once', [False, True])
-@pytest.mark.parametrize('turn', [False, True])
-def test_crops_are_turned_unless_told_otherwise(turn, once):
+@pytest.mark.parametrize('augment', [False, True])
+def test_crops_are_turned_unless_told_otherwise(augment, once):
     "Columns and rows of a crop that was not turned count upwards."
     photo = place_photo(41, 33)
     recipe = Recipe('same', ())
     dls = recipe_dls(
-        [photo], [photo], recipe, 12, bs=1, per_photo=40, once=once, turn=turn, device='cpu'
+        [photo], [photo], recipe, 12, bs=1, per_photo=40, once=once, augment=augment, device='cpu'
     )
-    goods = [levels(good[0]) for _, good in dls.train]
+    goods = [levels(clean[0]) for _, clean in dls.train]
     upright = [g[0, 0, 0] < g[0, 1, 0] and g[0, 0, 1] < g[1, 0, 1] for g in goods]
-    assert all(upright) != turn and any(upright)
+    assert all(upright) != augment and any(upright)
 
 
 @pytest.mark.parametrize('kind', ['photos', 'paths', 'folder'])
@@ -505,8 +503,8 @@ def test_once_crappifies_each_photo_as_a_whole(kind, tmp_path):
     )
     pairs = [p for batch in [*dls.train, *dls.valid, *dls.train] for p in zip(*batch)]
     assert len(pairs) == 41
-    assert all(same_place(bad, whole, photo, good) for bad, good in pairs)
-    corners = {tuple(levels(good)[0, 0, :2]) for _, good in pairs}
+    assert all(same_place(degraded, whole, photo, clean) for degraded, clean in pairs)
+    corners = {tuple(levels(clean)[0, 0, :2]) for _, clean in pairs}
     assert len(corners) > 10
 
 
@@ -518,14 +516,14 @@ def test_once_opens_and_crappifies_only_once(tmp_path, monkeypatch):
     )
     recipe = Recipe('grain', (Step('noise', sigma=30),))
     dls = recipe_dls(tmp_path, tmp_path, recipe, 20, per_photo=9, bs=3, once=True, device='cpu')
-    bad = [b for batch, _ in dls.train for b in batch]
+    degraded = [b for batch, _ in dls.train for b in batch]
     assert len(opened) == 1
     # 24×20 has 5 places for a crop of 20: the noise is part of the place
-    assert len({x.numpy().tobytes() for x in bad}) <= 5 * 8
+    assert len({x.numpy().tobytes() for x in degraded}) <= 5 * 8
 
 
 def test_once_makes_the_same_whatever_comes_first(tmp_path):
-    "The bad photo depends on its name alone, so that a training that goes on finds it again."
+    "The degraded photo depends on its name alone, so that a training that goes on finds it again."
     noise_photo().save(tmp_path / 'a.png')
     recipe, batches = Recipe('grain', (Step('noise', sigma=30),)), []
     for seed in (0, 1, 2):
@@ -534,7 +532,7 @@ def test_once_makes_the_same_whatever_comes_first(tmp_path):
         next(iter(dls.train))  # which may be of any place
         batches.append(next(iter(dls.valid)))
     assert not torch.equal(*batches[0])
-    assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
+    assert all(torch.equal(degraded, batches[0][0]) for degraded, _ in batches)
 
 
 def test_once_makes_the_same_of_photos_in_memory_in_every_run():
@@ -543,8 +541,8 @@ def test_once_makes_the_same_of_photos_in_memory_in_every_run():
     for photo in held:
         dls = recipe_dls([photo], [photo], recipe, size=16, bs=1, once=True, device='cpu')
         batches.append(next(iter(dls.valid)))
-    assert all(torch.equal(good, batches[0][1]) for _, good in batches)
-    assert all(torch.equal(bad, batches[0][0]) for bad, _ in batches)
+    assert all(torch.equal(clean, batches[0][1]) for _, clean in batches)
+    assert all(torch.equal(degraded, batches[0][0]) for degraded, _ in batches)
 
 
 def test_once_neither_the_folder_nor_the_other_photos_matter(tmp_path):
@@ -567,10 +565,10 @@ def test_once_throws_the_dice_of_each_photo_by_itself(kind, tmp_path):
     one = noise_photo() if kind == 'photos' else tmp_path / 'a.png'
     recipe = Recipe('grain', (Step('noise', sigma=30),))
     dls = recipe_dls([one], [one] * 3, recipe, size=20, bs=3, once=True, device='cpu')
-    ((bad, good),) = dls.valid
+    ((degraded, clean),) = dls.valid
     whole = pixels(noise_photo())
     seen = []
-    for b, g in zip(bad, good):
+    for b, g in zip(degraded, clean):
         (left,) = (x for x in range(5) if (levels(g) == whole[:, x : x + 20]).all())
         seen.append(np.pad(levels(b) - levels(g), [(0, 0), (left, 4 - left), (0, 0)]))
     for i, j in [(0, 1), (0, 2), (1, 2)]:
@@ -664,7 +662,7 @@ def test_an_error_in_a_worker_is_a_photo_error_too(monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)
     photos = [noise_photo(10, 10)]
     dls = recipe_dls(photos, photos, 'image2', size=20, bs=1, n_workers=1, device='cpu')
-    with pytest.raises(PhotoError, match='smaller than the crop') as error:
+    with pytest.raises(EnhanceError, match='smaller than the crop') as error:
         list(dls.train)
     del error, dls
     gc.collect()
@@ -674,22 +672,22 @@ def test_an_error_in_a_worker_is_a_photo_error_too(monkeypatch):
 
 
 def two_folders(home, names, scale=2, bad_suffix=None, size=(24, 20)):
-    "Good photos that say where each pixel is, and every `scale`-th of their pixels as bad ones."
+    "Clean photos that say where each pixel is, and every `scale`-th of their pixels as degraded ones."
     for i, name in enumerate(names):
-        good = place_photo(*size, seed=i)
-        bad = Image.fromarray(np.asarray(good)[::scale, ::scale])
-        for folder, photo in (('good', good), ('bad', bad)):
+        clean = place_photo(*size, seed=i)
+        degraded = Image.fromarray(np.asarray(clean)[::scale, ::scale])
+        for folder, photo in (('clean', clean), ('degraded', degraded)):
             path = home / folder / name
-            if folder == 'bad' and bad_suffix:
+            if folder == 'degraded' and bad_suffix:
                 path = path.with_suffix(bad_suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.save(path, quality=95)
-    return home / 'good', home / 'bad'
+    return home / 'clean', home / 'degraded'
 
 
 def test_pairs_from_two_folders(tmp_path):
-    good, bad = two_folders(tmp_path, [f'{i:02}.png' for i in range(20)] + ['sub/20.png'])
-    dls = folder_dls(good, str(bad), size=8, bs=4, per_photo=2, device='cpu')
+    clean, degraded = two_folders(tmp_path, [f'{i:02}.png' for i in range(20)] + ['sub/20.png'])
+    dls = folder_dls(clean, str(degraded), size=8, bs=4, per_photo=2, device='cpu')
     assert len(dls.train_ds) == 36 and len(dls.valid_ds) == 3  # 0, 10 and 20 validate
     assert [p.as_posix() for p in dls.valid_ds.items] == ['00.png', '10.png', 'sub/20.png']
     batches = [*dls.train, *dls.valid]
@@ -703,51 +701,71 @@ def test_pairs_from_two_folders(tmp_path):
 
 
 def test_a_table_says_which_photos_validate(tmp_path):
-    good, bad = two_folders(tmp_path, ['a.png', 'b.png', 'c.png', 'd.png'])
+    clean, degraded = two_folders(tmp_path, ['a.png', 'b.png', 'c.png', 'd.png'])
     table = tmp_path / 'table.csv'
     table.write_text('fnames,is_val\nb.png,True\nc.png,False\na.png,false\n')  # not d
-    dls = folder_dls(good, bad, 8, bs=1, table=table, device='cpu')
+    dls = folder_dls(clean, degraded, 8, bs=1, table=table, device='cpu')
     assert [p.name for p in dls.valid_ds.items] == ['b.png']
     assert [p.name for p in dls.train_ds.items] == ['c.png', 'a.png']
-    whole = Image.open(bad / 'b.png'), Image.open(good / 'b.png')
+    whole = Image.open(degraded / 'b.png'), Image.open(clean / 'b.png')
     (x,), (y,) = next(iter(dls.valid))
     assert same_place(x, whole[0], whole[1], y)
 
 
 def test_suffixes_may_differ(tmp_path):
-    good, bad = two_folders(tmp_path, ['a.png', 'b.x.png'], bad_suffix='.jpg')
-    (good / 'c.d.png').write_bytes((good / 'a.png').read_bytes())
-    Image.open(bad / 'a.jpg').save(bad / 'c.d.webp')
-    assert sorted(p.name for p in bad.iterdir()) == ['a.jpg', 'b.x.jpg', 'c.d.webp']
-    dls = folder_dls(good, bad, size=8, bs=2, device='cpu')
+    clean, degraded = two_folders(tmp_path, ['a.png', 'b.x.png'], bad_suffix='.jpg')
+    (clean / 'c.d.png').write_bytes((clean / 'a.png').read_bytes())
+    Image.open(degraded / 'a.jpg').save(degraded / 'c.d.webp')
+    assert sorted(p.name for p in degraded.iterdir()) == ['a.jpg', 'b.x.jpg', 'c.d.webp']
+    dls = folder_dls(clean, degraded, size=8, bs=2, device='cpu')
     assert [tuple(x.shape) for x in next(iter(dls.train))] == [(2, 3, 4, 4), (2, 3, 8, 8)]
 
 
 def test_missing_partners_are_named(tmp_path):
-    good, bad = two_folders(tmp_path, [f'{i:02}.png' for i in range(14)])
+    clean, degraded = two_folders(tmp_path, [f'{i:02}.png' for i in range(14)])
     for i in range(3):
-        (bad / f'{i:02}.png').unlink()
-    with refused('3 photos', bad, '00.png', '01.png', '02.png'):
-        folder_dls(good, bad, size=8, device='cpu')
+        (degraded / f'{i:02}.png').unlink()
+    with refused('3 photos', degraded, '00.png', '01.png', '02.png'):
+        folder_dls(clean, degraded, size=8, device='cpu')
     for i in range(3, 13):
-        (bad / f'{i:02}.png').unlink()
-    with pytest.raises(PhotoError) as error:
-        folder_dls(good, bad, size=8, device='cpu')
+        (degraded / f'{i:02}.png').unlink()
+    with pytest.raises(EnhanceError) as error:
+        folder_dls(clean, degraded, size=8, device='cpu')
     message = one_line(error)
     assert '13 photos' in message and '09.png, …' in message and '10.png' not in message
 
 
 def test_who_belongs_to_whom(tmp_path):
-    good, bad = tmp_path / 'good', tmp_path / 'bad'
+    clean, degraded = tmp_path / 'clean', tmp_path / 'degraded'
     for folder, names in {
-        good: ['a.png', 'b.jpg', 'b.png', 'c.jpg', 'c.png', 'sub/d.jpg', 'e.png', 'f.jpg', 'f.png'],
-        bad: ['a.jpg', 'b.jpg', 'b.png', 'c.jpg.png', 'c.png.png', 'sub/d.webp', 'f.png', 'z.png'],
+        clean: [
+            'a.png',
+            'b.jpg',
+            'b.png',
+            'c.jpg',
+            'c.png',
+            'sub/d.jpg',
+            'e.png',
+            'f.jpg',
+            'f.png',
+        ],
+        degraded: [
+            'a.jpg',
+            'b.jpg',
+            'b.png',
+            'c.jpg.png',
+            'c.png.png',
+            'sub/d.webp',
+            'f.png',
+            'z.png',
+        ],
     }.items():
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             noise_photo().save(folder / name)
     found = {
-        k.as_posix(): v.relative_to(bad).as_posix() for k, v in bad_versions(good, bad).items()
+        k.as_posix(): v.relative_to(degraded).as_posix()
+        for k, v in degraded_versions(clean, degraded).items()
     }
     assert found == {
         'a.png': 'a.jpg',
@@ -764,46 +782,51 @@ def test_who_belongs_to_whom(tmp_path):
     'goods, bads', [(['a.jpg', 'a.png'], ['a.webp']), (['a.jpg'], ['a.png', 'a.webp'])]
 )
 def test_it_is_said_when_nobody_can_know_who_belongs_to_whom(tmp_path, goods, bads):
-    for folder, names in (('good', goods), ('bad', bads)):
+    for folder, names in (('clean', goods), ('degraded', bads)):
         (tmp_path / folder).mkdir()
         for name in names:
             noise_photo().save(tmp_path / folder / name)
-    with refused('a.jpg', tmp_path / 'bad', 'not clear'):
-        folder_dls(tmp_path / 'good', tmp_path / 'bad', size=8, device='cpu')
+    with refused('a.jpg', tmp_path / 'degraded', 'not clear'):
+        folder_dls(tmp_path / 'clean', tmp_path / 'degraded', size=8, device='cpu')
 
 
 @pytest.mark.parametrize('format', [None, 'png'])
 def test_what_crappify_folder_writes_is_found_again(tmp_path, format):
-    (tmp_path / 'good').mkdir()
+    (tmp_path / 'clean').mkdir()
     for name in 'x.bmp', 'x.png', 'y.jpg':
-        noise_photo(seed=len(name) + ord(name[-1])).save(tmp_path / 'good' / name)
+        noise_photo(seed=len(name) + ord(name[-1])).save(tmp_path / 'clean' / name)
     recipe = Recipe('as it is', (Step('brightness', factor=1.0),))
     crappify_folder(
-        tmp_path / 'good', tmp_path / 'bad', recipe, format=format, n_workers=1, progress=False
+        tmp_path / 'clean',
+        tmp_path / 'degraded',
+        recipe,
+        format=format,
+        n_workers=1,
+        progress=False,
     )
-    versions = bad_versions(tmp_path / 'good', tmp_path / 'bad')
+    versions = degraded_versions(tmp_path / 'clean', tmp_path / 'degraded')
     assert len(versions) == 3
     for name in 'x.bmp', 'x.png':
-        bad = Image.open(versions[Path(name)]).convert('RGB')
-        assert (pixels(bad) == pixels(Image.open(tmp_path / 'good' / name))).all()
+        degraded = Image.open(versions[Path(name)]).convert('RGB')
+        assert (pixels(degraded) == pixels(Image.open(tmp_path / 'clean' / name))).all()
 
 
-@pytest.mark.parametrize('turn', [False, True])
-def test_pairs_from_folders_are_turned_only_when_asked(tmp_path, turn):
-    good, bad = two_folders(tmp_path, ['a.png', 'b.png'], scale=1)
-    dls = folder_dls(good, bad, size=20, bs=1, per_photo=30, turn=turn, device='cpu')
+@pytest.mark.parametrize('augment', [False, True])
+def test_pairs_from_folders_are_turned_only_when_asked(tmp_path, augment):
+    clean, degraded = two_folders(tmp_path, ['a.png', 'b.png'], scale=1)
+    dls = folder_dls(clean, degraded, size=20, bs=1, per_photo=30, augment=augment, device='cpu')
     upright = [levels(y[0])[0, 0, 0] < levels(y[0])[0, -1, 0] for _, y in dls.train]
-    assert all(upright) != turn
+    assert all(upright) != augment
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-    good, bad = two_folders(tmp_path, ['a.png', 'b.png'])
+    clean, degraded = two_folders(tmp_path, ['a.png', 'b.png'])
     with refused(tmp_path / 'gone'):
-        folder_dls(tmp_path / 'gone', bad, size=8, device='cpu')
+        folder_dls(tmp_path / 'gone', degraded, size=8, device='cpu')
     with refused(tmp_path / 'gone'):
-        folder_dls(good, tmp_path / 'gone', size=8, device='cpu')
+        folder_dls(clean, tmp_path / 'gone', size=8, device='cpu')
     with refused(tmp_path / 'gone.csv'):
-        folder_dls(good, bad, size=8, table=tmp_path / 'gone.csv', device='cpu')
+        folder_dls(clean, degraded, size=8, table=tmp_path / 'gone.csv', device='cpu')
     table = tmp_path / 'table.csv'
     for content, word in [
         ('fnames,is_val\na.png,True\nb.png,True\n', 'train'),
@@ -814,25 +837,25 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     ]:
         table.write_text(content)
         with refused(word):
-            folder_dls(good, bad, size=8, table=table, device='cpu')
-    (good / 'b.png').unlink()
+            folder_dls(clean, degraded, size=8, table=table, device='cpu')
+    (clean / 'b.png').unlink()
     with refused('train'):  # the only photo validates
-        folder_dls(good, bad, size=8, device='cpu')
+        folder_dls(clean, degraded, size=8, device='cpu')
 
 
 def test_a_pair_that_does_not_fit_is_refused_when_its_turn_comes(tmp_path):
-    good, bad = two_folders(tmp_path, ['a.png', 'b.png'])
-    dls = folder_dls(good, bad, size=22, bs=1, device='cpu')
+    clean, degraded = two_folders(tmp_path, ['a.png', 'b.png'])
+    dls = folder_dls(clean, degraded, size=22, bs=1, device='cpu')
     with refused('24×20', '22×22'):
         list(dls.train)
     with refused('7', '2'):
-        list(folder_dls(good, bad, size=7, bs=1, device='cpu').train)
-    Image.new('RGB', (13, 10)).save(bad / 'b.png')
-    with refused(good / 'b.png', '13×10', '24×20'):
-        list(folder_dls(good, bad, size=8, bs=1, device='cpu').train)
-    (bad / 'b.png').write_bytes(b'')
-    with refused(bad / 'b.png'):
-        list(folder_dls(good, bad, size=8, bs=1, device='cpu').train)
+        list(folder_dls(clean, degraded, size=7, bs=1, device='cpu').train)
+    Image.new('RGB', (13, 10)).save(degraded / 'b.png')
+    with refused(clean / 'b.png', '13×10', '24×20'):
+        list(folder_dls(clean, degraded, size=8, bs=1, device='cpu').train)
+    (degraded / 'b.png').write_bytes(b'')
+    with refused(degraded / 'b.png'):
+        list(folder_dls(clean, degraded, size=8, bs=1, device='cpu').train)
 
 
 # Training in half precision
@@ -989,9 +1012,9 @@ STOPS = {
     'interrupt in the loss': ({'loss': failing_loss(KeyboardInterrupt())}, None),
     'error in the model': ({}, None),
     'interrupt in the model': ({}, None),
-    'cancelled batch': ({}, (CancelBatchException, 'after_pred')),
-    'cancelled fit': ({}, (CancelFitException, 'after_pred')),
-    'cancelled before the model': ({}, (CancelBatchException, 'before_batch')),
+    'canceled batch': ({}, (CancelBatchException, 'after_pred')),
+    'canceled fit': ({}, (CancelFitException, 'after_pred')),
+    'canceled before the model': ({}, (CancelBatchException, 'before_batch')),
     'interrupt after the model': ({}, (KeyboardInterrupt, 'after_pred')),
 }
 
@@ -1013,7 +1036,7 @@ def test_autocast_ends_with_a_training_that_is_stopped(name, monkeypatch, clean_
     except (RuntimeError, KeyboardInterrupt):
         pass
     else:
-        assert name.startswith('cancelled') and not hooks_of(learn.model)
+        assert name.startswith('canceled') and not hooks_of(learn.model)
     x = torch.ones(2, 2)
     assert not torch.is_autocast_enabled('cpu') and (x @ x).dtype == torch.float32
     assert set(inside) == {torch.bfloat16}
@@ -1075,18 +1098,18 @@ def test_a_checkpoint_keeps_parts_and_values(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / 'deep' / 'er' / 'checkpoint'
     model, other = tiny_net(), tiny_net()
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     model(torch.rand(2, 3, 5, 5)).sum().backward()
-    optimiser.step()
+    optimizer.step()
     history = [{'loss': np.float32(0.5), 'rates': (np.arange(2), 3)}]
-    save_checkpoint(path, 3, model=model, optimiser=optimiser, history=history, name='x', n=None)
-    optimiser2 = torch.optim.Adam(other.parameters(), 0.5)
-    step, kept = load_checkpoint(path, model=other, optimiser=optimiser2, name='x', n=None)
+    save_checkpoint(path, 3, model=model, optimizer=optimizer, history=history, name='x', n=None)
+    optimizer2 = torch.optim.Adam(other.parameters(), 0.5)
+    step, kept = load_checkpoint(path, model=other, optimizer=optimizer2, name='x', n=None)
     assert step == 3 and equal_weights(model, other)
     assert kept['history'] == [{'loss': 0.5, 'rates': ([0, 1], 3)}]
     assert kept['name'] == 'x' and kept['n'] is None  # given back, as history is, asked for or not
-    assert optimiser2.param_groups[0]['lr'] == 0.01
-    for (_, a), (_, b) in zip(optimiser.state.items(), optimiser2.state.items()):
+    assert optimizer2.param_groups[0]['lr'] == 0.01
+    for (_, a), (_, b) in zip(optimizer.state.items(), optimizer2.state.items()):
         assert torch.equal(a['exp_avg'], b['exp_avg'])
     assert [p.name for p in path.parent.iterdir()] == ['checkpoint']
 
@@ -1100,18 +1123,18 @@ def test_a_training_killed_in_any_epoch_ends_as_if_it_had_not_been(opt_func, tmp
             path = tmp_path / f'{epoch}-{at}'
             with pytest.raises(Killed):
                 stop = Stop(Killed(), epoch, when, at)
-                train(tiny_learner(opt_func=opt_func), cbs=[KeepGoing(path), stop])
+                train(tiny_learner(opt_func=opt_func), cbs=[CheckpointEachEpoch(path), stop])
             learn = tiny_learner(seed=99, opt_func=opt_func)  # all has to come from the checkpoint
             assert not equal_weights(straight.model, learn.model, within=0.01)
-            train(learn, cbs=[KeepGoing(path)])
+            train(learn, cbs=[CheckpointEachEpoch(path)])
             assert equal_weights(straight.model, learn.model, within=1e-6)
 
 
 def test_a_training_killed_before_the_first_checkpoint_starts_anew(tmp_path):
     with pytest.raises(Killed):
-        train(tiny_learner(), cbs=[KeepGoing(tmp_path / 'c'), Stop(Killed(), 0, 1)])
+        train(tiny_learner(), cbs=[CheckpointEachEpoch(tmp_path / 'c'), Stop(Killed(), 0, 1)])
     assert not list(tmp_path.iterdir())
-    learn = train(tiny_learner(), cbs=[KeepGoing(tmp_path / 'c')])
+    learn = train(tiny_learner(), cbs=[CheckpointEachEpoch(tmp_path / 'c')])
     assert equal_weights(train(tiny_learner()).model, learn.model, within=1e-6)
 
 
@@ -1120,7 +1143,7 @@ def test_a_training_may_be_killed_again_and_again(tmp_path, monkeypatch, clean_a
     straight = train(tiny_learner(cbs=[AutocastCPU()]))
     for run, epoch in enumerate([1, 1, 2, 3, None]):
         # killed where autocast is off: that it stays on is another test
-        cbs = [KeepGoing(tmp_path / 'c')]
+        cbs = [CheckpointEachEpoch(tmp_path / 'c')]
         if epoch:
             cbs.append(Stop(Killed(), epoch, 1, 'before_batch', order=-5))
         learn = tiny_learner(seed=run, cbs=[AutocastCPU()])
@@ -1135,18 +1158,18 @@ def test_a_training_may_be_killed_again_and_again(tmp_path, monkeypatch, clean_a
 def test_a_training_with_a_worker_goes_on_as_well(tmp_path):
     straight = train(tiny_learner(n_workers=1), 2)
     with pytest.raises(Killed):
-        cbs = [KeepGoing(tmp_path / 'c'), Stop(Killed(), 1, 1)]
+        cbs = [CheckpointEachEpoch(tmp_path / 'c'), Stop(Killed(), 1, 1)]
         train(tiny_learner(n_workers=1), 2, cbs)
-    learn = train(tiny_learner(seed=9, n_workers=1), 2, [KeepGoing(tmp_path / 'c')])
+    learn = train(tiny_learner(seed=9, n_workers=1), 2, [CheckpointEachEpoch(tmp_path / 'c')])
     assert equal_weights(straight.model, learn.model, within=1e-6)
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path):
     path = tmp_path / 'c'
-    first = train(tiny_learner(), cbs=[KeepGoing(path)])
+    first = train(tiny_learner(), cbs=[CheckpointEachEpoch(path)])
     content = path.read_bytes()
     steps = Look(5, lambda cb: cb.iter, 'after_step')
-    again = train(tiny_learner(seed=5, cbs=[steps]), cbs=[KeepGoing(path)])
+    again = train(tiny_learner(seed=5, cbs=[steps]), cbs=[CheckpointEachEpoch(path)])
     assert not steps.seen
     assert equal_weights(first.model, again.model)
     assert path.read_bytes() == content
@@ -1154,7 +1177,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path):
 
 def test_keeping_on_changes_nothing_of_a_training(tmp_path):
     plain = train(tiny_learner(), 2)
-    kept = train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c')])
+    kept = train(tiny_learner(), 2, [CheckpointEachEpoch(tmp_path / 'c')])
     assert equal_weights(plain.model, kept.model)
     assert [p.name for p in tmp_path.iterdir()] == ['c']
 
@@ -1169,31 +1192,31 @@ def last_line(error):
 
 def test_another_number_of_epochs_is_refused(tmp_path):
     path = tmp_path / 'c'
-    train(tiny_learner(), 2, [KeepGoing(path)])
+    train(tiny_learner(), 2, [CheckpointEachEpoch(path)])
     content = path.read_bytes()
     for epochs in (1, 3):
-        with pytest.raises(PhotoError) as error:
-            train(tiny_learner(), epochs, [KeepGoing(path)])
+        with pytest.raises(EnhanceError) as error:
+            train(tiny_learner(), epochs, [CheckpointEachEpoch(path)])
         message = last_line(error)
         assert str(path) in message and f'(epochs was 2, not {epochs})' in message
     assert path.read_bytes() == content
 
 
 def test_a_training_that_is_refused_leaves_the_model_as_it_was(tmp_path):
-    train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c')])
+    train(tiny_learner(), 2, [CheckpointEachEpoch(tmp_path / 'c')])
     learn, same = tiny_learner(seed=4), tiny_learner(seed=4)
-    with pytest.raises(PhotoError):
-        train(learn, 3, [KeepGoing(tmp_path / 'c')])
+    with pytest.raises(EnhanceError):
+        train(learn, 3, [CheckpointEachEpoch(tmp_path / 'c')])
     assert equal_weights(learn.model, same.model)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / 'c'
     save_checkpoint(
-        path, 1, model=nn.Linear(3, 2), optimiser=Adam([nn.Parameter(torch.ones(1))], 0.1)
+        path, 1, model=nn.Linear(3, 2), optimizer=Adam([nn.Parameter(torch.ones(1))], 0.1)
     )
-    with pytest.raises(PhotoError) as error:
-        train(tiny_learner(), 2, [KeepGoing(path)])
+    with pytest.raises(EnhanceError) as error:
+        train(tiny_learner(), 2, [CheckpointEachEpoch(path)])
     assert str(path) in last_line(error)
     with refused(path, 'Remove it'):
         load_checkpoint(path, model=tiny_net())
@@ -1204,9 +1227,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_a_checkpoint_of_a_loop_by_hand_is_refused_by_the_callback(tmp_path):
     path, learn = tmp_path / 'c', tiny_learner()
     learn.create_opt()
-    save_checkpoint(path, 1, model=learn.model, optimiser=learn.opt)
-    with pytest.raises(PhotoError):
-        train(learn, 2, [KeepGoing(path)])
+    save_checkpoint(path, 1, model=learn.model, optimizer=learn.opt)
+    with pytest.raises(EnhanceError):
+        train(learn, 2, [CheckpointEachEpoch(path)])
 
 
 def half_fitting():
@@ -1226,27 +1249,27 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
-def test_an_optimiser_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+def test_an_optimizer_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     kept, other = tiny_net(), tiny_net()
-    save_checkpoint(tmp_path / 'c', 1, model=kept, optimiser=Adam([list(kept.parameters())], 0.1))
+    save_checkpoint(tmp_path / 'c', 1, model=kept, optimizer=Adam([list(kept.parameters())], 0.1))
     before = {k: v.clone() for k, v in other.state_dict().items()}
     with refused(tmp_path / 'c'):
-        load_checkpoint(tmp_path / 'c', model=other, optimiser=Adam(two_groups(other), 0.1))
+        load_checkpoint(tmp_path / 'c', model=other, optimizer=Adam(two_groups(other), 0.1))
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
 def trained_parts(kind, seed, steps):
-    "A network, its optimiser and an order, after some steps."
+    "A network, its optimizer and an order, after some steps."
     torch.manual_seed(seed)
     model = tiny_net()
     make = {'fastai': lambda m: Adam(two_groups(m), 0.1 + seed), 'torch': torch_adam(0.1 + seed)}
-    optimiser = make[kind](model)
+    optimizer = make[kind](model)
     dls = recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS, TASKS['x2'], 8, bs=2, device='cpu')
     for _ in range(steps):
         model(torch.rand(2, 3, 5, 5)).square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return {'model': model, 'optimiser': optimiser, 'order': Order(dls)}
+        optimizer.step()
+        optimizer.zero_grad()
+    return {'model': model, 'optimizer': optimizer, 'order': LoaderState(dls)}
 
 
 def torch_adam(lr):
@@ -1273,8 +1296,8 @@ REFUSALS = {
     'no such part': ({'schedule': nn.Linear(1, 1)}, {}, 'schedule'),
     'another part': ({'more': nn.Linear(1, 1)}, {}, 'Linear'),
     'no random states': ({}, {'random': {}}, ''),
-    'spoilt random states': ({}, {'random': {'python': (3, (1, 2), None)}}, ''),
-    'no optimiser': ({}, {'optimiser': 5}, ''),
+    'spoiled random states': ({}, {'random': {'python': (3, (1, 2), None)}}, ''),
+    'no optimizer': ({}, {'optimizer': 5}, ''),
     'no order': ({}, {'order': {'order': 'x'}}, ''),
 }
 
@@ -1298,21 +1321,21 @@ def test_any_refusal_leaves_all_parts_as_they_were(kind, steps, tmp_path):
         for p in (parts, same):  # and they go on as if nothing had been
             torch.manual_seed(1)
             p['model'](torch.rand(2, 3, 5, 5)).square().mean().backward()
-            p['optimiser'].step()
+            p['optimizer'].step()
         assert equal_weights(parts['model'], same['model'])
     save_checkpoint(path, 1, **kept, epochs=2)
     load_checkpoint(path, **parts, epochs=2)
     assert bits_of(parts) == bits_of(kept)
 
 
-def test_what_an_optimiser_remembers_goes_where_its_weights_are(tmp_path, monkeypatch):
+def test_what_an_optimizer_remembers_goes_where_its_weights_are(tmp_path, monkeypatch):
     learn = train(tiny_learner(), 1)
-    save_checkpoint(tmp_path / 'c', 1, optimiser=learn.opt)
+    save_checkpoint(tmp_path / 'c', 1, optimizer=learn.opt)
     there = tiny_net().to('meta')  # a device that every machine has, but random numbers have not
     monkeypatch.setattr(workbench, 'set_random_states', lambda states: None)
-    optimiser = Adam(two_groups(there), 0.1)
-    load_checkpoint(tmp_path / 'c', device='meta', optimiser=optimiser)
-    states = [optimiser.state[p]['grad_avg'].device.type for p in there.parameters()]
+    optimizer = Adam(two_groups(there), 0.1)
+    load_checkpoint(tmp_path / 'c', device='meta', optimizer=optimizer)
+    states = [optimizer.state[p]['grad_avg'].device.type for p in there.parameters()]
     assert set(states) == {'meta'}
 
 
@@ -1323,9 +1346,9 @@ def test_the_callback_loads_to_the_device_of_the_training(tmp_path, monkeypatch)
         asked.append(map_location)
         return load(*args, map_location=map_location, **kwargs)
 
-    train(tiny_learner(), 1, [KeepGoing(tmp_path / 'c')])
+    train(tiny_learner(), 1, [CheckpointEachEpoch(tmp_path / 'c')])
     monkeypatch.setattr(torch, 'load', look)
-    train(tiny_learner(), 1, [KeepGoing(tmp_path / 'c')])
+    train(tiny_learner(), 1, [CheckpointEachEpoch(tmp_path / 'c')])
     assert asked == [CPU]
 
 
@@ -1363,8 +1386,8 @@ def test_a_program_in_a_checkpoint_is_not_run(kind, tmp_path):
         torch.save(evil, path, _use_new_zipfile_serialization=kind == 'torch')
     with refused(path):
         load_checkpoint(path, model=tiny_net())
-    with pytest.raises(PhotoError) as error:
-        train(tiny_learner(), 1, [KeepGoing(path)])
+    with pytest.raises(EnhanceError) as error:
+        train(tiny_learner(), 1, [CheckpointEachEpoch(path)])
     message = last_line(error)
     assert str(path) in message and 'weights_only' not in message
     assert not evil.folder.exists()
@@ -1383,7 +1406,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(failure, tmp_path, monkeyp
         raise failure
 
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(PhotoError if isinstance(failure, OSError) else Killed) as error:
+    with pytest.raises(EnhanceError if isinstance(failure, OSError) else Killed) as error:
         save_checkpoint(path, 2, model=tiny_net())
     if isinstance(failure, OSError):
         assert str(path) in one_line(error) and 'No space left' in one_line(error)
@@ -1413,7 +1436,7 @@ def test_a_full_disk_is_a_photo_error(tmp_path):
 def test_a_full_disk_costs_no_checkpoint(tmp_path):
     path = tmp_path / 'c'
     save_checkpoint(path, 1)
-    with pytest.raises((PhotoError, RuntimeError)), disk_of(100_000):
+    with pytest.raises((EnhanceError, RuntimeError)), disk_of(100_000):
         save_checkpoint(path, 2, model=nn.Linear(1000, 1000))
     assert load_checkpoint(path)[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ['c']
@@ -1421,15 +1444,15 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 
 def test_the_callback_does_not_belong_to_a_learner(tmp_path):
     "There it would also act on lr_find, get_preds and validate, and on a second training."
-    with pytest.raises(PhotoError, match='KeepGoing belongs to one training') as error:
-        tiny_learner(cbs=[KeepGoing(tmp_path / 'c')])
+    with pytest.raises(EnhanceError, match='KeepGoing belongs to one training') as error:
+        tiny_learner(cbs=[CheckpointEachEpoch(tmp_path / 'c')])
     assert 'fit(…, cbs=KeepGoing(path))' in last_line(error)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_comes_after_a_training_is_not_disturbed(tmp_path):
     path = tmp_path / 'c'
-    learn = train(tiny_learner(), 2, [KeepGoing(path)])
+    learn = train(tiny_learner(), 2, [CheckpointEachEpoch(path)])
     content = path.read_bytes()
     with torch.no_grad():
         learn.model[4].bias += 1  # as somebody goes on working with the model
@@ -1441,7 +1464,7 @@ def test_what_comes_after_a_training_is_not_disturbed(tmp_path):
         learn.lr_find(num_it=20, show_plot=False)
     assert torch.equal(learn.model[4].bias, bias)
     assert path.read_bytes() == content
-    train(learn, 1, [KeepGoing(tmp_path / 'd')])  # another training, another file
+    train(learn, 1, [CheckpointEachEpoch(tmp_path / 'd')])  # another training, another file
     assert path.read_bytes() == content and not torch.equal(learn.model[4].bias, bias)
 
 
@@ -1449,7 +1472,7 @@ def test_the_order_of_the_photos_comes_back(tmp_path):
     dls, other = (
         recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS, TASKS['x2'], 8, bs=2, device='cpu') for _ in 'ab'
     )
-    order, same = Order(dls), Order(other)
+    order, same = LoaderState(dls), LoaderState(other)
     save_checkpoint(tmp_path / 'c', 1, order=order)  # of plain numbers
     first = [dls.train.get_idxs() for _ in range(3) if dls.train.randomize() is None]
     load_checkpoint(tmp_path / 'c', order=same)
@@ -1477,8 +1500,8 @@ class Float16(Callback):
 def test_the_scaler_of_float16_is_kept_too(tmp_path):
     with pytest.raises(Killed):
         stop = Stop(Killed(), 1, 1)
-        train(tiny_learner(), 2, [KeepGoing(tmp_path / 'c'), Float16(4.0), stop])
-    learn = train(tiny_learner(seed=3), 2, [KeepGoing(tmp_path / 'c'), Float16(1024.0)])
+        train(tiny_learner(), 2, [CheckpointEachEpoch(tmp_path / 'c'), Float16(4.0), stop])
+    learn = train(tiny_learner(seed=3), 2, [CheckpointEachEpoch(tmp_path / 'c'), Float16(1024.0)])
     assert learn.scaler.get_scale() == 4 * 2**6  # 3 steps in each epoch
 
 
@@ -1487,8 +1510,8 @@ def test_a_training_goes_on_with_another_kind_of_number(tmp_path):
     for first, second in (([], [Float16(4.0)]), ([Float16(4.0)], [])):
         path = tmp_path / f'{len(first)}'
         with pytest.raises(Killed):
-            train(tiny_learner(), 2, [KeepGoing(path), *first, Stop(Killed(), 1, 1)])
-        learn = train(tiny_learner(), 2, [KeepGoing(path), *second])
+            train(tiny_learner(), 2, [CheckpointEachEpoch(path), *first, Stop(Killed(), 1, 1)])
+        learn = train(tiny_learner(), 2, [CheckpointEachEpoch(path), *second])
         assert not learn.recorder.values[0] and learn.recorder.values[1]  # the first was skipped
         if second:
             assert learn.scaler.get_scale() == 4 * 2**3
@@ -1587,19 +1610,24 @@ def loop_by_hand(seed, path, epochs=4, die=None):
     recipe = Recipe('grain', (Step('noise', sigma=20),))
     dls = recipe_dls(TRAIN_PHOTOS, TRAIN_PHOTOS[:2], recipe, 8, bs=2, device='cpu')
     model = tiny_net()
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.01, total_steps=3 * epochs)
-    parts = {'model': model, 'optimiser': optimiser, 'schedule': schedule, 'order': Order(dls)}
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=3 * epochs)
+    parts = {
+        'model': model,
+        'optimizer': optimizer,
+        'schedule': schedule,
+        'order': LoaderState(dls),
+    }
     start, kept = load_checkpoint(path, **parts, epochs=epochs)
     losses = kept.get('losses', [])
     for epoch in range(start, epochs):
-        for i, (bad, good) in enumerate(dls.train):
+        for i, (degraded, clean) in enumerate(dls.train):
             if (epoch, i) == die:
                 raise Killed
-            loss = F.mse_loss(model(bad), good)
-            optimiser.zero_grad()
+            loss = F.mse_loss(model(degraded), clean)
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             losses.append(loss.item())
         save_checkpoint(path, epoch + 1, **parts, epochs=epochs, losses=losses)
@@ -1618,7 +1646,7 @@ def test_a_loop_by_hand_goes_on_too(epoch, tmp_path):
 
 @contextmanager
 def killed_after(epoch, monkeypatch):
-    "The loop of lesson 04 dies when it has written the checkpoint of this epoch."
+    "The loop of lesson 03 dies when it has written the checkpoint of this epoch."
 
     def save_and_die(path, step, **parts):
         save_checkpoint(path, step, **parts)
@@ -1632,7 +1660,7 @@ def killed_after(epoch, monkeypatch):
 
 
 def fit_srcnn(path, seed, epochs=3, photos=None, recipe=TASKS['x2']):
-    "The loop of lesson 04 on photos that are twice as large as the network's input."
+    "The loop of lesson 03 on photos that are twice as large as the network's input."
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     photos = photos or [noise_photo(32, 30, 'L', seed=i) for i in range(6)]
     dls = recipe_dls(photos, photos[:1], recipe, 24, bs=2, once=True, device='cpu')
@@ -1778,11 +1806,11 @@ def test_transparency_is_kept(mode, gray):
     photo = noise_photo(12, 9, mode)
     better = Double(gray).predict(photo)
     assert better.mode == mode and better.size == (24, 18)
-    colours = 'L' if mode == 'LA' else 'RGB'
+    colors = 'L' if mode == 'LA' else 'RGB'
     alpha = photo.getchannel('A')
-    # transparent pixels too: their colours are only hidden
-    plain = Image.merge(colours, photo.split()[:-1])
-    ours = Image.merge(colours, better.split()[:-1])
+    # transparent pixels too: their colors are only hidden
+    plain = Image.merge(colors, photo.split()[:-1])
+    ours = Image.merge(colors, better.split()[:-1])
     assert (pixels(ours) == pixels(doubled_negative(plain))).all()
     expected = alpha.resize((24, 18), Image.Resampling.BICUBIC)
     assert (pixels(better.getchannel('A')) == pixels(expected)).all()
@@ -1820,7 +1848,7 @@ def test_a_photo_is_turned_upright_first(tmp_path):
     assert kept.get(0x0112, 1) == 1  # or else viewers would turn it again
 
 
-def test_the_colour_profile_is_kept_and_the_photo_given_is_left_alone(tmp_path):
+def test_the_color_profile_is_kept_and_the_photo_given_is_left_alone(tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
     photo = noise_photo(9, 7)
     photo.info = {'icc_profile': profile, 'dpi': (300, 300), 'comment': 'x'}
@@ -1974,7 +2002,7 @@ def test_the_tiles_of_a_megapixel():
 
 @pytest.mark.parametrize(('most', 'multiple'), [(0, 1), (-3, 1), (8, 0)])
 def test_impossible_tiles(most, multiple):
-    with pytest.raises(PhotoError, match='not possible'):
+    with pytest.raises(EnhanceError, match='not possible'):
         workbench.even_boxes(9, 9, most, multiple)
 
 
@@ -2064,7 +2092,7 @@ def test_where_half_precision_overflows_float32_is_taken(monkeypatch):
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('half', [torch.bfloat16, None])
-def test_spoilt_weights_are_refused(value, half, monkeypatch):
+def test_spoiled_weights_are_refused(value, half, monkeypatch):
     monkeypatch.setattr(workbench, 'half_dtype', lambda device: half)
     model = Blur().train()
     with torch.no_grad():
@@ -2316,7 +2344,7 @@ def test_a_card_of_nothing_but_brackets_is_refused(weights):
         'srcnn.SRCNN',
         'enhance_lib.SRCNN',
         'enhance_lib.photos.open_photo',
-        'enhance_lib.photos.PhotoError',
+        'enhance_lib.photos.EnhanceError',
         'enhance_lib.workbench.nn.Linear',
         'enhance_lib.workbench.nn',
         'enhance_lib.workbench.Path',
@@ -2610,7 +2638,7 @@ def test_tied_weights_are_saved_or_refused(tmp_path):
     model.conv4 = model.conv3
     try:
         save_weights(model, tmp_path / 'a.safetensors')
-    except PhotoError:
+    except EnhanceError:
         pass
 
 
@@ -2645,11 +2673,11 @@ def test_half_precision_is_what_the_device_is_fast_with(device, dtype, asked, mo
 def test_worker_processes_can_be_handed_what_makes_pairs(tmp_path):
     "Where processes do not start as copies (Windows; Python 3.14), it travels as a pickle."
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
-    for folder in 'good', 'bad':
+    for folder in 'clean', 'degraded':
         for i in range(2):
             save_photo(photo, tmp_path / folder / f'{i}.png')
     made = [recipe_dls([photo], [photo], 'wild', 16, once=once, device='cpu') for once in (0, 1)]
-    made += [folder_dls(tmp_path / 'good', tmp_path / 'bad', 16, device='cpu')]
+    made += [folder_dls(tmp_path / 'clean', tmp_path / 'degraded', 16, device='cpu')]
     for dls in made:
         for pairs in (dls.train_ds, dls.valid_ds):
             again = pickle.loads(pickle.dumps(pairs))

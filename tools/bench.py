@@ -21,14 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from enhance_lib.crappify import RECIPES, crappify_folder
-from enhance_lib.photos import (
-    data_folder,
-    find_photos,
-    open_photo,
-    sample_photos,
-    save_photo,
-)
+from enhance_lib.applications.batch import crappify_folder
+from enhance_lib.crappify import RECIPES
+from enhance_lib.toolbox.datasets import data_folder, sample_photos
+from enhance_lib.toolbox.files import find_photos, open_photo, save_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,9 +132,9 @@ def damage_of_gan():
 
     psnr, ssim = [], []
     for path in find_photos(folder):
-        bad, good = map(np.asarray, RECIPES['gan'].pair(open_photo(path), 0, path.name, 256))
-        psnr.append(peak_signal_noise_ratio(good, bad, data_range=255))
-        ssim.append(structural_similarity(good, bad, channel_axis=2, data_range=255))
+        degraded, clean = map(np.asarray, RECIPES['gan'].pair(open_photo(path), 0, path.name, 256))
+        psnr.append(peak_signal_noise_ratio(clean, degraded, data_range=255))
+        ssim.append(structural_similarity(clean, degraded, channel_axis=2, data_range=255))
     measured = f'{np.mean(psnr):.2f} dB, {np.mean(ssim):.3f}'
     yield f'{what}, {len(psnr)} photos: mean PSNR, SSIM', measured, target
 
@@ -172,10 +168,13 @@ def speed_of_predict():
     "`predict` against the same weights run plainly, on a photo whose result has 1 megapixel."
     import torch
 
-    from enhance_lib.measure import TASKS, luma_psnr, to_photo, to_tensor
-    from enhance_lib.workbench import half_dtype, load_model
+    from enhance_lib.applications.scoreboard import TASKS
+    from enhance_lib.measure import luma_psnr
+    from enhance_lib.toolbox.tensors import to_photo, to_tensor
+    from enhance_lib.toolbox.device import half_dtype
+    from enhance_lib.toolbox.models import load_model
 
-    good = one_megapixel()
+    clean = one_megapixel()
     fast = '4× or more' if half_dtype(torch.device('cpu')) else '2× or more'
     for name, task, repeats, ratio_wanted, loss_allowed in (
         ('srcnn-jpeg20', 'gray-jpeg20', 5, '2× or more', '0.02 dB at most'),
@@ -185,14 +184,17 @@ def speed_of_predict():
         ('realtime-x4', 'x4', 3, '', '0.05 dB at most'),
     ):
         plain, model = load_model(name).train(), load_model(name)  # plain: no layers merged
-        bad, truth = TASKS[task].pair(good)
-        plain.piece = max(bad.size)  # what is restored at a time, where that is done in pieces
+        degraded, truth = TASKS[task].pair(clean)
+        plain.piece = max(degraded.size)  # what is restored at a time, where that is done in pieces
 
         @torch.inference_mode()
-        def plainly(plain=plain, bad=bad):
-            return to_photo(plain.enhance(to_tensor(bad)))
+        def plainly(plain=plain, degraded=degraded):
+            return to_photo(plain.enhance(to_tensor(degraded)))
 
-        ways = {'plain': plainly, 'predict': lambda model=model, bad=bad: model.predict(bad)}
+        ways = {
+            'plain': plainly,
+            'predict': lambda model=model, degraded=degraded: model.predict(degraded),
+        }
         best = fastest(ways, repeats)
         quality = {way: luma_psnr(do(), truth) for way, do in ways.items()}
         what = f'{name}, 1 megapixel of output, CPU'
@@ -222,15 +224,16 @@ def speed_of_enlarging():
     "Output of the real-time networks beside bicubic and, where its weights are, ESPCN."
     import torch
 
-    from enhance_lib.measure import TASKS, unenhanced
+    from enhance_lib.applications.scoreboard import TASKS
+    from enhance_lib.toolbox.operations import identity_baseline
     from enhance_lib.realtime import output_speed
-    from enhance_lib.workbench import load_model
+    from enhance_lib.toolbox.models import load_model
 
-    good = one_megapixel()
-    small, _ = TASKS['x4'].pair(good)
+    clean = one_megapixel()
+    small, _ = TASKS['x4'].pair(clean)
     model = load_model('realtime-x4')
     ways = {
-        'bicubic (Pillow)': lambda: unenhanced(small, good.size),
+        'bicubic (Pillow)': lambda: identity_baseline(small, clean.size),
         'realtime-x4, `predict`': lambda: model.predict(small),
     }
     espcn, why = opencv_espcn()
@@ -270,7 +273,7 @@ def memory_of_large_photos():
 def grown_by(name: str, way: str) -> float:
     "MB that this process has grown by, at its peak, to enhance a photo of 24 megapixels."
     from enhance_lib.enhance import enhance
-    from enhance_lib.workbench import load_model
+    from enhance_lib.toolbox.models import load_model
 
     model = load_model(name)
     ways = {
@@ -286,7 +289,7 @@ def grown_by(name: str, way: str) -> float:
 def speed_of_enhance():
     "`enhance` against the time that the model itself takes, on a photo of 1 megapixel."
     from enhance_lib.enhance import enhance
-    from enhance_lib.workbench import load_model
+    from enhance_lib.toolbox.models import load_model
 
     photo = one_megapixel()
     for name in ('jpeg-q10', 'jpeg-blind', 'srcnn-jpeg20'):
@@ -366,7 +369,8 @@ def start_of_app():
 def gain_of_choosing():
     "What `enhance` chooses against doing always the same, on photos that recipe wild made bad."
     from enhance_lib.crappify import apply_steps
-    from enhance_lib.enhance import Plan, as_photo, follow, jpeg_quality, plan_for
+    from enhance_lib.enhance import Plan, follow, jpeg_quality, plan_for
+    from enhance_lib.toolbox.files import as_photo
     from enhance_lib.measure import psnr
 
     folder = ROOT.parent / 'shared' / 'data' / 'bsds500' / 'val'
@@ -385,13 +389,13 @@ def gain_of_choosing():
         file = Path(scratch) / 'sent.jpg'
         for path in find_photos(folder):
             plan = RECIPES['wild'].draw(0, path.name, 256)
-            good = apply_steps(open_photo(path), plan['before'])
+            clean = apply_steps(open_photo(path), plan['before'])
             *steps, (_, last) = plan['steps']  # a JPEG, which is left to the file
-            apply_steps(good, steps).save(file, **last)
-            bad = open_photo(file)
-            chosen = plan_for(bad, jpeg_quality(file), scale=1)
+            apply_steps(clean, steps).save(file, **last)
+            degraded = open_photo(file)
+            chosen = plan_for(degraded, jpeg_quality(file), scale=1)
             for way, plan in {**ways, 'choose': chosen}.items():
-                found[way].append(psnr(as_photo(follow(plan, np.asarray(bad))), good))
+                found[way].append(psnr(as_photo(follow(plan, np.asarray(degraded))), clean))
     means = {way: float(np.mean(values)) for way, values in found.items()}
     for way, mean in means.items():
         target = 'more than each of the others' if way == 'choose' else ''
@@ -403,7 +407,7 @@ def speed_of_training():
     import torch
 
     from enhance_lib.srcnn import SRCNN
-    from enhance_lib.workbench import autocast, half_dtype
+    from enhance_lib.toolbox.device import autocast, half_dtype
 
     x = torch.rand(16, 1, 64, 64)
     ways = {}
@@ -432,14 +436,15 @@ def speed_of_unet_training(n: int = 4):
     from torch.nn import functional as F
 
     from enhance_lib.unet import get_unet
-    from enhance_lib.workbench import autocast, recipe_dls
+    from enhance_lib.toolbox.device import autocast
+    from enhance_lib.toolbox.pairs import recipe_dls
 
     photos = [p for p in sample_photos('train').values() if min(p.size) >= 128] * 2 * n
     photos = photos[: 16 * n]
-    dls = recipe_dls(photos, photos[:1], 'gan', size=128, bs=16, turn=False, device='cpu')
+    dls = recipe_dls(photos, photos[:1], 'gan', size=128, bs=16, augment=False, device='cpu')
     kind = {'pretrained': False, 'blur': False, 'self_attention': False}
     model = get_unet(dls, 'test_resnet', **kind).model.train()
-    optimiser = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters())
     in_memory = [dls.one_batch()] * n
 
     def train(batches):
@@ -447,8 +452,8 @@ def speed_of_unet_training(n: int = 4):
             with autocast(x.device):
                 prediction = model(x)
             F.mse_loss(prediction.float(), y).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     ways = {'memory': lambda: train(in_memory), 'pipeline': lambda: train(dls.train)}
     best = fastest(ways, 3)
@@ -464,7 +469,7 @@ def quality_of_published():
     "The published models on the usual sets, where these lie beside the project."
     from weights import published, scores_of
 
-    from enhance_lib.workbench import load_model
+    from enhance_lib.toolbox.models import load_model
 
     targets = {
         ('srcnn-x2', 'Set5'): '36.1 dB',
@@ -564,7 +569,7 @@ def main():
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--memory']:
         base = Path(sys.argv[2])
-        crappify_folder(base / 'photos', base / 'bad', 'gan', 0, n_workers=2, progress=False)
+        crappify_folder(base / 'photos', base / 'degraded', 'gan', 0, n_workers=2, progress=False)
         json.dump(peak_memory(), sys.stdout)
     elif sys.argv[1:2] == ['--memory-of']:
         json.dump(grown_by(*sys.argv[2:4]), sys.stdout)

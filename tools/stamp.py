@@ -91,7 +91,7 @@ def readme(index):
             cell.source = from_root(cell.source)
         cells.append(cell)
     nb.cells = cells
-    nb.metadata['language_info'] = {'name': 'python'}  # colours the code; cleaning strips it
+    nb.metadata['language_info'] = {'name': 'python'}  # colors the code; cleaning strips it
     where = {'unique_key': 'index', 'output_files_dir': 'nbs/images'}
     text, resources = MarkdownExporter().from_notebook_node(nb, resources=where)
     text = re.sub(r'\n{3,}', '\n\n', text.strip())
@@ -122,7 +122,7 @@ def front_pictures(path):
 
 def datasets_page():
     "The page on the photo sets: the lesson on photos holds the table."
-    from enhance_lib.photos import datasets_markdown  # slow to import
+    from enhance_lib.toolbox.datasets import datasets_markdown
 
     return datasets_markdown().rstrip('\n') + '\n'
 

@@ -12,22 +12,16 @@ from statistics import mean
 import torch
 
 from enhance_lib.crappify import Recipe, Step
-from enhance_lib.measure import (
-    TASKS,
-    WEIGHTS,
-    bench_pairs,
-    board_row,
-    feature_distance,
-    feature_net,
-    luma_psnr,
-    psnr,
-    radial_spectrum,
-    ssim,
-    unenhanced,
-)
-from enhance_lib.photos import Budget, PhotoError, find_photos, open_photo
-from enhance_lib.realtime import compare_ways
-from enhance_lib.workbench import save_weights
+from enhance_lib.applications.scoreboard import TASKS, bench_pairs, board_row
+from enhance_lib.measure import feature_distance, luma_psnr, psnr, radial_spectrum, ssim
+from enhance_lib.toolbox.features import feature_net
+from enhance_lib.toolbox.models import WEIGHTS
+from enhance_lib.toolbox.operations import identity_baseline
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.files import find_photos, open_photo
+from enhance_lib.toolbox.show import Budget
+from enhance_lib.realtime import compare_downscaling
+from enhance_lib.toolbox.models import save_weights
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -44,7 +38,7 @@ def published():
     return {name: module for module in modules for name in module.PUBLISHED}
 
 
-# What a model for colour JPEG is measured on: in words, and as a recipe without chance.
+# What a model for color JPEG is measured on: in words, and as a recipe without chance.
 JPEG = {
     **{
         f'quality {q}': Recipe('jpeg', (Step('jpeg', quality=q),))
@@ -90,7 +84,7 @@ def scores_of_enlarging(model, scale):
     pairs = bench_pairs(folder) if folder.is_dir() else []
     if not pairs:
         return {}
-    measure = partial(luma_psnr, shave=scale)
+    measure = partial(luma_psnr, border=scale)
     by = f'luma PSNR (BT.601, studio range), {scale} pixels shaved'
     protocol = f"{by}, small photos by MATLAB's bicubic, input enlarged by Pillow's"
     scores = {'Set5': {**scored(model, pairs, measure), 'protocol': protocol}}
@@ -98,17 +92,17 @@ def scores_of_enlarging(model, scale):
         return scores
     net, outputs = feature_net(), [model.predict(small) for small, _ in pairs]
     both = [
-        [feature_distance(p, good, net) for p in (unenhanced(small, good.size), y)]
-        for y, (small, good) in zip(outputs, pairs)
+        [feature_distance(p, clean, net) for p in (identity_baseline(small, clean.size), y)]
+        for y, (small, clean) in zip(outputs, pairs)
     ]
     scores['Set5']['feature distance'] = [round(mean(values), 4) for values in zip(*both)]
-    photos = [good for _, good in pairs]
-    table = compare_ways({'it': model}, photos, scale)
+    photos = [clean for _, clean in pairs]
+    table = compare_downscaling({'it': model}, photos, scale)
     scores['Set5, any way'] = {
         'input': round(table.loc['mean', 'bicubic'], 2),
         'output': round(table.loc['mean', 'it'], 2),
         'by way': table['it'].drop('mean').round(2).to_dict(),
-        'protocol': f'{by}, mean over five ways to make photos small (lesson 09)',
+        'protocol': f'{by}, mean over five ways to make photos small (lesson 08)',
     }
     folder = SHARED / 'bsds500' / 'val'
     if folder.is_dir():
@@ -126,12 +120,15 @@ def scores_of_gan(model):
         return {}
     paths, net = find_photos(folder), feature_net()
     pairs = [TASKS['gan'].pair(open_photo(p, 'RGB'), 0, p.name, 256) for p in paths]
-    outputs = [model.predict(bad) for bad, _ in pairs]
+    outputs = [model.predict(degraded) for degraded, _ in pairs]
     score = scored(model, pairs, psnr, outputs)
     for name, measure in (('SSIM', ssim), ('feature distance', partial(feature_distance, net=net))):
-        both = [[measure(p, good) for p in (bad, y)] for y, (bad, good) in zip(outputs, pairs)]
+        both = [
+            [measure(p, clean) for p in (degraded, y)]
+            for y, (degraded, clean) in zip(outputs, pairs)
+        ]
         score[name] = [round(mean(values), 4) for values in zip(*both)]
-    photos = zip(*((bad, y, good) for y, (bad, good) in zip(outputs, pairs)))
+    photos = zip(*((degraded, y, clean) for y, (degraded, clean) in zip(outputs, pairs)))
     before, after, right = (sum(map(top_octave, some)) for some in photos)
     score['top octave'] = [round(energy / right, 3) for energy in (before, after)]
     protocol = (
@@ -150,9 +147,9 @@ def top_octave(photo):
 
 def scored(model, pairs, measure, outputs=None):
     "In dB: mean of the input (enlarged by bicubic if smaller) and of the output; least gain."
-    before = [measure(unenhanced(bad, good.size), good) for bad, good in pairs]
-    outputs = outputs or [model.predict(bad) for bad, _ in pairs]
-    after = [measure(y, good) for y, (_, good) in zip(outputs, pairs)]
+    before = [measure(identity_baseline(degraded, clean.size), clean) for degraded, clean in pairs]
+    outputs = outputs or [model.predict(degraded) for degraded, _ in pairs]
+    after = [measure(y, clean) for y, (_, clean) in zip(outputs, pairs)]
     return {
         'input': round(mean(before), 2),
         'output': round(mean(after), 2),
@@ -193,7 +190,7 @@ def train(name, module, folders, budget, home, out, workers):
         scoreboard=rows,
         machine=machine(),
         command=f'make weights MODELS={name} BUDGET={budget.name}',
-        licence='Apache-2.0',
+        license='Apache-2.0',
     )
     said = [f'{k} {v["input"]} → {v["output"]} dB' for k, v in card['scores'].items()]
     print(f'{name}: {", ".join(said) or "no benchmark here"}; {out / name}.safetensors', flush=True)
@@ -222,16 +219,16 @@ def main(arguments=None):
         budget = Budget(given.budget)
         unknown = [n for n in given.models if n not in known]
         if unknown:
-            raise PhotoError(f'There is no model {unknown[0]!r}. There are: {", ".join(known)}.')
+            raise EnhanceError(f'There is no model {unknown[0]!r}. There are: {", ".join(known)}.')
         folders = given.photos or [str(SHARED / p) for p in PHOTOS if (SHARED / p).is_dir()]
         if not folders:
-            raise PhotoError("Name a folder of photos: make weights PHOTOS='folder another'.")
+            raise EnhanceError("Name a folder of photos: make weights PHOTOS='folder another'.")
         feature_net()  # what is missing is said before the training, not after it
         home = ROOT / '_weights' / budget.name
         out = given.out or (WEIGHTS if budget.name == 'full' else home)
         for name in given.models or known:
             train(name, known[name], folders, budget, home, out, given.workers)
-    except PhotoError as e:
+    except EnhanceError as e:
         # fastai puts a line of its own before the words of a callback
         print(str(e).splitlines()[-1], file=sys.stderr)
         return 2

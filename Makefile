@@ -8,7 +8,7 @@ READY := .venv/.ready
 # In a container one is often root, which Jupyter wants to be told.
 AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
-.PHONY: help setup course lab app test bench weights stamp clean-notebooks
+.PHONY: help setup course lab app test bench table weights stamp clean-notebooks
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -46,10 +46,12 @@ test: $(READY)  ## everything that CI runs
 	@echo '== ruff: style and common mistakes'
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@echo '== how much there is to read'
+	@$(BIN)/python tools/table.py
 	@echo '== nbdev: every notebook, and the tests in it'
 	@ENHANCE_BUDGET=smoke $(BIN)/nbdev-test --n-workers 2
 	@echo '== pytest: the promises of the project, and what lessons are the wrong place for'
-	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx tests
+	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx -n 2 tests
 
 weights: BUDGET = full
 weights: WORKERS = 0
@@ -58,6 +60,9 @@ weights: $(READY)  ## train the published weights again: make weights PHOTOS='fo
 
 bench: $(READY)  ## measure speed and quality side by side
 	@$(BIN)/python tools/bench.py
+
+table: $(READY)  ## how much there is to read in each notebook, and what is over the limits
+	@$(BIN)/python tools/table.py
 
 stamp: $(READY)  ## badges, install cells, README.md and data/README.md from settings.ini and nbs/
 	@$(BIN)/python tools/stamp.py

@@ -13,11 +13,12 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .toolbox.errors import EnhanceError, check_within, nearest_names
+from .toolbox.errors import EnhanceError, check_choice, check_within
 from .toolbox.files import kept_info, open_photo
 from .toolbox.operations import OPERATIONS, operation, resize
 
@@ -31,7 +32,7 @@ def down_and_up(
     up: str = 'bicubic',  # kernel on the way up
     antialias: bool = True,  # on the way down
 ) -> Image.Image:  # of the same size
-    "Shrink a photo and enlarge it again: its fine detail is lost. Raises `EnhanceError`."
+    "Shrink a photo and enlarge it again: its fine detail is lost."
     check_within('A width', width, 1e-4, 10)
     check_within('A height', height, 1e-4, 10)
     w, h = max(round(width * photo.width), 1), max(round(height * photo.height), 1)
@@ -46,12 +47,11 @@ def jpeg(
     shift_x: int = 0,  # 0 to 15: its grid of blocks starts so many pixels left of the photo,
     shift_y: int = 0,  # and so many above it, as if the photo had been cropped after saving
 ) -> Image.Image:
-    "Save a photo as JPEG in memory and open it again. Raises `EnhanceError`."
+    "Save a photo as JPEG in memory and open it again."
     check_within('A JPEG quality', quality, 1, 95)
-    if subsampling not in ('4:2:0', '4:2:2', '4:4:4'):
-        raise EnhanceError(f'There is no subsampling {subsampling!r}: 4:2:0, 4:2:2 or 4:4:4.')
-    check_within('A shift', min(shift_x, shift_y), 0, 15)
-    check_within('A shift', max(shift_x, shift_y), 0, 15)
+    check_choice('subsampling', subsampling, ('4:2:0', '4:2:2', '4:4:4'))
+    for shift in (shift_x, shift_y):
+        check_within('A shift', shift, 0, 15, whole=True)
     whole = photo
     if shift_x or shift_y:  # the border pixels go on to where the grid starts
         pixels = np.asarray(photo)
@@ -69,12 +69,10 @@ def blur(
     radius: float = 1.0,  # in pixels: sigma of the Gaussian, or how far the box reaches
     kind: str = 'gaussian',  # or 'box'
 ) -> Image.Image:
-    "Blur a photo. Raises `EnhanceError` for an impossible radius or an unknown kind."
-    if not 0 <= radius < float('inf'):
-        raise EnhanceError(f'A blur of radius {radius} is not possible: 0 or more.')
+    "Blur a photo, as a lens out of focus does."
     kinds = {'gaussian': ImageFilter.GaussianBlur, 'box': ImageFilter.BoxBlur}
-    if kind not in kinds:
-        raise EnhanceError(f'There is no blur {kind!r}. {nearest_names(kind, kinds)}')
+    check_within('A radius', radius, 0, inf)
+    check_choice('blur', kind, kinds)
     return photo.filter(kinds[kind](radius))
 
 
@@ -85,15 +83,13 @@ def noise(
     gray: bool = False,  # the same noise in all channels, like the grain of film
     seed: int = 0,  # the same seed gives the same noise
 ) -> Image.Image:
-    "Add Gaussian noise to a photo. Raises `EnhanceError` for an impossible sigma."
-    if not 0 <= sigma < float('inf'):
-        raise EnhanceError(f'Noise of sigma {sigma} is not possible: 0 or more.')
+    "Add Gaussian noise to a photo."
+    check_within('A sigma', sigma, 0, inf)
     pixels = np.asarray(photo, np.float32)
     shape = (*pixels.shape[:2], 1)[: pixels.ndim] if gray else pixels.shape
     grain = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return Image.fromarray(
-        np.rint(pixels + sigma * grain).clip(0, 255).astype(np.uint8), photo.mode
-    )
+    noisy = np.rint(pixels + sigma * grain).clip(0, 255)
+    return Image.fromarray(noisy.astype(np.uint8), photo.mode)
 
 
 @operation
@@ -102,8 +98,7 @@ def dither(
     colors: int = 16,  # 2 to 256
 ) -> Image.Image:
     "Show a photo with few colors, chosen for it, scattered as dots (Floyd-Steinberg)."
-    if colors not in range(2, 257):
-        raise EnhanceError(f'Dithering with {colors} colors is not possible: 2 to 256.')
+    check_within('A number of colors', colors, 2, 256, whole=True)
     palette = photo.convert('RGB').quantize(colors)
     dots = photo.convert('RGB').quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     return dots.convert(photo.mode)
@@ -117,7 +112,7 @@ class Between:
     high: float
 
     def __post_init__(self):
-        if not -float('inf') < self.low <= self.high < float('inf'):
+        if not -inf < self.low <= self.high < inf:
             raise EnhanceError(
                 f'Between({self.low}, {self.high}) is upside down: the lower number comes first.'
             )
@@ -133,10 +128,10 @@ class OneOf:
     "One of several choices, equally likely unless `weights` say otherwise. They may be `Between`s."
 
     def __init__(self, *choices, weights=None):
-        if not choices:
-            raise EnhanceError('OneOf needs at least one choice.')
         weights = weights or [1] * len(choices)
-        if len(weights) != len(choices) or min(weights) < 0 or not 0 < sum(weights) < float('inf'):
+        # NaN fails these comparisons, whatever stands beside it
+        sound = len(weights) == len(choices) > 0 and min(weights) >= 0 and 0 < sum(weights) < inf
+        if not sound:
             raise EnhanceError(f'OneOf has {len(choices)} choices but weights {weights}.')
         self.choices, self.chances = choices, [w / sum(weights) for w in weights]
 
@@ -162,15 +157,11 @@ class Step:
         p: float = 1.0,  # probability, 0 to 1
         **parameters,  # of the operation
     ):
-        if op not in OPERATIONS:
-            raise EnhanceError(f'There is no operation {op!r}. {nearest_names(op, OPERATIONS)}')
+        check_choice('operation', op, OPERATIONS)
         check_within(f'{op}: a probability', p, 0, 1)
         self.known = list(inspect.signature(OPERATIONS[op]).parameters)[1:]
         for name in parameters:
-            if name not in self.known:
-                raise EnhanceError(
-                    f'{op} has no parameter {name!r}. {nearest_names(name, self.known)}'
-                )
+            check_choice(f'{op} parameter', name, self.known)
         self.op, self.p, self.parameters = op, p, parameters
 
     def draw(self, rng) -> list:
@@ -183,20 +174,17 @@ class Step:
         return [[self.op, values]]
 
     def __repr__(self):
-        return ' '.join(
-            [f'{self.p:g} {self.op}', *(f'{k}={v}' for k, v in self.parameters.items())]
-        )
+        return f'{self.p:g} {self.op} ' + ' '.join(f'{k}={v}' for k, v in self.parameters.items())
 
 # %% ../nbs/01_crappify.ipynb #b6f382da
 def dice(
     seed: int | None = None,  # 0 or more; None for dice that never fall the same way again
     name: str = '',  # of the photo
 ) -> np.random.Generator:
-    "Random numbers that depend on a seed and a name alone. Raises `EnhanceError` below 0."
+    "Random numbers that depend on a seed and a name alone."
     if seed is None:
         return np.random.default_rng()
-    if seed < 0:
-        raise EnhanceError(f'A seed of {seed} is not possible: 0 or more.')
+    check_within('A seed', seed, 0, inf, whole=True)
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, 'big')])
 
@@ -239,19 +227,11 @@ class Recipe:
         if size is not None:
             before += Step('crop', size=size, x=Between(0.0, 1.0), y=Between(0.0, 1.0)).draw(rng)
         order = rng.permutation(len(self.steps)) if self.shuffled else range(len(self.steps))
-        steps = [
-            s for step in (*(self.steps[i] for i in order), *self.last) for s in step.draw(rng)
-        ]
-        return {'before': before, 'steps': steps}
+        steps = [*(self.steps[i] for i in order), *self.last]
+        return {'before': before, 'steps': [s for step in steps for s in step.draw(rng)]}
 
-    def pair(
-        self,
-        photo: Image.Image,  # 8-bit RGB
-        seed: int | None = None,  # see `dice`
-        name: str = '',  # of the photo
-        size: int | None = None,  # cut a square of this side, in pixels, out of the photo first
-    ) -> tuple[Image.Image, Image.Image]:  # degraded, clean
-        "Make a pair for training: the degraded photo, and the clean one it should have been."
+    def pair(self, photo, seed=None, name='', size=None):
+        "The degraded photo and the clean one it should have been; settings as for `draw`."
         plan = self.draw(seed, name, size)
         clean = apply_steps(photo, plan['before'])
         return apply_steps(clean, plan['steps']), clean
@@ -261,115 +241,61 @@ class Recipe:
         return self.pair(photo, seed, name, size)[0]
 
 # %% ../nbs/01_crappify.ipynb #0deb7c11
-_ANY = OneOf('nearest', 'bilinear', 'bicubic')
+_KERNEL = OneOf('nearest', 'bilinear', 'bicubic')
+_KIND = OneOf('gaussian', 'box')
+_CHROMA = OneOf('4:2:0', '4:4:4')
+_EITHER = OneOf(True, False)
+_WORDS = 'SALE', 'holiday 2009', 'sample', '01.08.1998 14:22', 'photo by me', 'DSC_0042', 'draft'
 
 
-_SMALLER = Between(1 / 2.6, 1 / 1.4)
+def _sides(low, high):
+    "Both sides of a photo, each by a factor of its own."
+    return {'width': Between(low, high), 'height': Between(low, high)}
 
 
-_SLIGHTLY = Between(0.95, 1.05)
-
-
-_WORDS = OneOf(
-    'SALE', 'holiday 2009', 'sample', '01.08.1998 14:22', 'photo by me', 'DSC_0042', 'draft'
-)
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            'image2',
-            (
-                Step('jpeg', p=0.95, quality=OneOf(Between(15, 19), Between(55, 74))),
-                Step('blur', p=0.005, radius=1, kind=OneOf('gaussian', 'box')),
-                Step('brightness', p=0.001, factor=_SLIGHTLY),
-                Step('color', p=0.001, factor=_SLIGHTLY),
-                Step('contrast', p=0.001, factor=_SLIGHTLY),
-                Step('down_and_up', p=0.95, width=_SMALLER, height=_SMALLER, down=_ANY, up=_ANY),
-            ),
-            about='JPEG, then small and large again (Image 2.0)',
-        ),
-        Recipe(
-            'gan',
-            (
-                Step(
-                    'down_and_up',
-                    width=Between(0.5, 0.8),
-                    height=Between(0.5, 0.8),
-                    up='bilinear',
-                ),
-                Step('contrast', factor=Between(0.5, 1.7)),
-                Step(
-                    'text',
-                    p=0.8,
-                    words=_WORDS,
-                    x=Between(0.0, 0.5),
-                    y=Between(0.0, 0.85),
-                    size=Between(0.1, 0.2),
-                    shade=Between(0, 255),
-                ),
-                Step('dither', p=0.5, colors=Between(8, 32)),
-            ),
-            about='small and large, contrast, text, dithering',
-        ),
-        Recipe(
-            'jpeg10',
-            (Step('jpeg', quality=10),),
-            before=(
-                Step('rescale', p=0.5, factor=OneOf(0.9, 0.8, 0.7, 0.6)),
-                Step('rotate', p=0.5, degrees=OneOf(90, 180, 270)),
-            ),
-            about='JPEG of quality 10; good is rescaled, turned',
-        ),
-        Recipe(
-            'skyline',
-            (Step('jpeg', quality=20),),
-            before=(Step('resize', width=1024, height=1024), Step('gray')),
-            about='1024×1024, gray, JPEG of quality 20',
-        ),
-        Recipe(
-            'any-kernel',
-            (
-                OneOf(
-                    Step('shrink', scale=4, kernel='nearest'),
-                    Step('shrink', scale=4, kernel='bilinear', antialias=False),
-                    Step('shrink', scale=4, kernel='bicubic', antialias=False),
-                    Step('shrink', scale=4, kernel='bicubic', antialias=True),
-                    weights=[2, 2, 2, 1],
-                ),
-            ),
-            before=(Step('trim', multiple=4),),
-            about='four times smaller, by any kernel',
-        ),
-        Recipe(
-            'wild',
-            2
-            * (
-                Step(
-                    'down_and_up',
-                    p=0.5,
-                    width=Between(0.4, 0.9),
-                    height=Between(0.4, 0.9),
-                    down=_ANY,
-                    up=_ANY,
-                    antialias=OneOf(True, False),
-                ),
-                Step('blur', p=0.4, radius=Between(0.3, 1.5), kind=OneOf('gaussian', 'box')),
-                Step('noise', p=0.4, sigma=Between(1.0, 12.0), gray=OneOf(True, False)),
-                Step('jpeg', p=0.4, quality=Between(30, 90), subsampling=OneOf('4:2:0', '4:4:4')),
-                OneOf(
-                    Step('brightness', p=0.3, factor=Between(0.85, 1.15)),
-                    Step('contrast', p=0.3, factor=Between(0.85, 1.15)),
-                    Step('color', p=0.3, factor=Between(0.7, 1.2)),
-                ),
-            ),
-            shuffled=True,
-            last=(Step('jpeg', quality=Between(20, 90), subsampling=OneOf('4:2:0', '4:4:4')),),
-            about='anything, twice, in any order, then JPEG',
-        ),
-    )
-}
+# fmt: off
+RECIPES = {recipe.name: recipe for recipe in (
+    Recipe('image2', about='JPEG, then small and large again (Image 2.0)', steps=(
+        Step('jpeg', 0.95, quality=OneOf(Between(15, 19), Between(55, 74))),
+        Step('blur', 0.005, radius=1, kind=_KIND),
+        Step('brightness', 0.001, factor=Between(0.95, 1.05)),
+        Step('color', 0.001, factor=Between(0.95, 1.05)),
+        Step('contrast', 0.001, factor=Between(0.95, 1.05)),
+        Step('down_and_up', 0.95, **_sides(1 / 2.6, 1 / 1.4), down=_KERNEL, up=_KERNEL),
+    )),
+    Recipe('gan', about='small and large, contrast, text, dithering', steps=(
+        Step('down_and_up', **_sides(0.5, 0.8), up='bilinear'),
+        Step('contrast', factor=Between(0.5, 1.7)),
+        Step('text', 0.8, words=OneOf(*_WORDS), x=Between(0.0, 0.5), y=Between(0.0, 0.85),
+             size=Between(0.1, 0.2), shade=Between(0, 255)),
+        Step('dither', 0.5, colors=Between(8, 32)),
+    )),
+    Recipe('jpeg10', about='JPEG of quality 10; the clean photo rescaled, rotated', before=(
+        Step('rescale', 0.5, factor=OneOf(0.9, 0.8, 0.7, 0.6)),
+        Step('rotate', 0.5, degrees=OneOf(90, 180, 270)),
+    ), steps=(Step('jpeg', quality=10),)),
+    Recipe('skyline', about='1024×1024, gray, JPEG of quality 20', before=(
+        Step('resize', width=1024, height=1024), Step('gray'),
+    ), steps=(Step('jpeg', quality=20),)),
+    Recipe('any-kernel', about='four times smaller, by any kernel', before=(
+        Step('trim', multiple=4),
+    ), steps=(OneOf(
+        Step('shrink', scale=4, kernel='nearest'),
+        Step('shrink', scale=4, kernel='bilinear', antialias=False),
+        Step('shrink', scale=4, kernel='bicubic', antialias=False),
+        Step('shrink', scale=4, kernel='bicubic', antialias=True), weights=[2, 2, 2, 1],
+    ),)),
+    Recipe('wild', about='anything, twice, in any order, then JPEG', shuffled=True, steps=2 * (
+        Step('down_and_up', 0.5, **_sides(0.4, 0.9), down=_KERNEL, up=_KERNEL, antialias=_EITHER),
+        Step('blur', 0.4, radius=Between(0.3, 1.5), kind=_KIND),
+        Step('noise', 0.4, sigma=Between(1.0, 12.0), gray=_EITHER),
+        Step('jpeg', 0.4, quality=Between(30, 90), subsampling=_CHROMA),
+        OneOf(Step('brightness', 0.3, factor=Between(0.85, 1.15)),
+              Step('contrast', 0.3, factor=Between(0.85, 1.15)),
+              Step('color', 0.3, factor=Between(0.7, 1.2))),
+    ), last=(Step('jpeg', quality=Between(20, 90), subsampling=_CHROMA),)),
+)}
+# fmt: on
 
 # %% ../nbs/01_crappify.ipynb #5066891b
 def get_recipe(
@@ -378,8 +304,7 @@ def get_recipe(
     "A recipe by its name. Raises `EnhanceError`, suggesting the nearest names, for an unknown one."
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
-        raise EnhanceError(f'There is no recipe {recipe!r}. {nearest_names(recipe, RECIPES)}')
+    check_choice('recipe', recipe, RECIPES)
     return RECIPES[recipe]
 
 

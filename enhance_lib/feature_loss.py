@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .toolbox.device import autocast
-from .toolbox.errors import EnhanceError, nearest_names
+from .toolbox.errors import EnhanceError, check_choice
 from .toolbox.features import feature_extractor
 from .toolbox.tensors import check_prediction
 
@@ -53,7 +53,7 @@ class FeatureLoss(nn.Module):
         self,
         x: torch.Tensor,  # (N, 1 or 3, H, W), about [0, 1]
     ) -> list[torch.Tensor]:  # one (N, C, H, W) for each layer, float32
-        "What the network sees in a batch. Raises `EnhanceError` where that is too small for it."
+        "What the network sees in a batch, in float32 whatever it computes with."
         if self.size:
             size = (self.size, self.size)
             x = F.interpolate(x.float(), size, mode='bilinear', antialias=True)
@@ -73,7 +73,7 @@ class FeatureLoss(nn.Module):
         prediction: torch.Tensor,  # (N, 1 or 3, H, W), about [0, 1]
         target: torch.Tensor,  # the same, in [0, 1]
     ) -> torch.Tensor:  # a number
-        "The weighted sum. Raises `EnhanceError` for two batches that don't fit, or no pictures."
+        "The weighted sum of all terms; batches that don't fit together raise `EnhanceError`."
         check_prediction(prediction, target)
         self.net.to(target.device)
         with torch.no_grad():
@@ -122,8 +122,7 @@ def feature_loss(
     preset: str = 'squeezenet',  # a key of `PRESETS`
     weights: str | Path | None = None,  # of the network: a file, or 'random'; by default the web's
 ) -> FeatureLoss:
-    "A loss as others have used it. Raises `EnhanceError` for another name, or without weights."
-    if preset not in PRESETS:
-        raise EnhanceError(f'There is no loss {preset!r}. {nearest_names(preset, PRESETS)}')
+    "A loss as others have used it, by its name."
+    check_choice('loss', preset, PRESETS)
     network, options = PRESETS[preset]
     return FeatureLoss(feature_extractor(**network, weights=weights), **options)

@@ -10,17 +10,14 @@ __all__ = ['VARIED', 'BOTH', 'WEB', 'jpeg_recipe', 'grid_of', 'ConvUnit', 'Image
 from numbers import Integral
 
 import torch
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from torch import nn
 from torch.nn import functional as F
 
 from .crappify import Between, OneOf, Recipe, Step
 from .toolbox.errors import EnhanceError
+from .toolbox.files import open_photo
 from .toolbox.models import PhotoModel
-from .toolbox.pairs import PhotoCache
 from .toolbox.tiles import cut_tiles
-from .toolbox.training import BatchPSNR, half_precision
 
 # %% ../nbs/04_jpeg_restorer.ipynb #365a7485
 VARIED = (  # what happens to the clean photo first
@@ -33,9 +30,8 @@ def _possible(quality):
     "Whether a quality, or whatever draws one, is a whole number from 1 to 95."
     if isinstance(quality, OneOf):
         return all(map(_possible, quality.choices))
-    if isinstance(quality, Between):
-        return _possible(quality.low) and _possible(quality.high)
-    return isinstance(quality, Integral) and 1 <= quality <= 95
+    ends = (quality.low, quality.high) if isinstance(quality, Between) else (quality,)
+    return all(isinstance(q, Integral) and 1 <= q <= 95 for q in ends)
 
 
 def jpeg_recipe(
@@ -55,8 +51,7 @@ def grid_of(
     size: int = 128,  # side of a crop, in pixels
 ) -> list:  # of photos, size × size
     "Every pixel of the photos, as a grid of crops; the last ones of a row or column overlap."
-    keep = PhotoCache(0)
-    tiles = [tile for p in photos for _, tile in cut_tiles(keep(p), size, 0)]
+    tiles = [tile for p in photos for _, tile in cut_tiles(open_photo(p), size, 0)]
     return [tile for tile in tiles if tile.size == (size, size)]  # not of photos that are smaller
 
 # %% ../nbs/04_jpeg_restorer.ipynb #ebde6fa9
@@ -133,15 +128,15 @@ def last_layer_group(
 
 
 def restorer_learner(
-    dls: DataLoaders,  # of (degraded, clean) batches in [0, 1]
+    dls,  # `DataLoaders` of (degraded, clean) batches in [0, 1]
     model: nn.Module,  # with a layer `last`
     loss_func=summed_mse,  # function(prediction, target) -> a number
     half: bool = True,  # in half precision, where the device is faster with it
-) -> Learner:
-    "A fastai `Learner` with two parameter groups that shows the PSNR of input and output."
-    metrics = [BatchPSNR('input', 'x'), BatchPSNR('output')]
-    learn = Learner(dls, model, loss_func, splitter=last_layer_group, metrics=metrics, wd=0.0)
-    return half_precision(learn) if half else learn
+):  # a fastai `Learner`
+    "A `Learner` with two parameter groups that shows the PSNR of input and output."
+    from enhance_lib.toolbox.training import psnr_learner
+
+    return psnr_learner(dls, model, loss_func, half, splitter=last_layer_group, wd=0.0)
 
 # %% ../nbs/04_jpeg_restorer.ipynb #c72c9e18
 BOTH = OneOf('4:2:0', '4:4:4')

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 
 from .toolbox.errors import EnhanceError
-from .toolbox.features import FeatureNet, feature_net
 from .toolbox.files import open_photo
 from .toolbox.tensors import as_batches, per_picture, to_tensor
 
@@ -43,25 +42,32 @@ def ssim(
     prediction,  # a photo, or a batch (N, C, H, W) in [0, 1], sides of 11 pixels or more
     target,  # of the same kind and size
 ):  # 1 for two identical pictures: a number, or for a batch a tensor (N,)
-    "Structural similarity (Wang et al. 2004), mean over channels. Raises `EnhanceError`."
+    "Structural similarity (Wang et al. 2004), mean over channels. Raises `EnhanceError`, as `mse`."
     a, b = as_batches(prediction, target)
-    if min(a.shape[2:]) < 11:
-        raise EnhanceError(
-            f'SSIM looks through windows of 11×11; {a.shape[3]}×{a.shape[2]} is less.'
-        )
-    if isinstance(target, Image.Image):
-        from skimage.metrics import structural_similarity
+    _check_side(a, 11, 'SSIM')
+    values = _ssim_on_cpu(a, b) if a.device.type == 'cpu' else _ssim_on_gpu(a, b)
+    return per_picture(values.float(), target)
 
-        return float(
-            structural_similarity(
-                *(x[0].numpy().astype(float) for x in (a, b)),
-                channel_axis=0,
-                data_range=1.0,
-                gaussian_weights=True,  # this and the next two: as in the paper
-                sigma=1.5,
-                use_sample_covariance=False,
-            )
-        )
+
+def _check_side(x, least, what):
+    "Check that pictures (…, H, W) are large enough to be measured."
+    height, width = x.shape[-2:]
+    if min(height, width) < least:
+        raise EnhanceError(f'{what} needs {least}×{least} pixels; {width}×{height} is less.')
+
+
+def _ssim_on_cpu(a, b):
+    "SSIM of each picture of two batches by scikit-image."
+    from skimage.metrics import structural_similarity
+
+    as_in_the_paper = {'gaussian_weights': True, 'sigma': 1.5, 'use_sample_covariance': False}
+    pairs = zip(a.double().numpy(), b.double().numpy())
+    options = {'channel_axis': 0, 'data_range': 1.0, **as_in_the_paper}
+    return torch.tensor([structural_similarity(p, t, **options) for p, t in pairs])
+
+
+def _ssim_on_gpu(a, b):
+    "The same by torchmetrics, without the border that it adds."
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     # the variance of a plain area is a small difference of large numbers: single precision gives
@@ -71,7 +77,7 @@ def ssim(
         _, full = structural_similarity_index_measure(
             a.to(exact), b.to(exact), data_range=1.0, reduction='none', return_full_image=True
         )
-    return full[..., 5:-5, 5:-5].mean((1, 2, 3)).float()
+    return full[..., 5:-5, 5:-5].mean((1, 2, 3))
 
 # %% ../nbs/02_measure.ipynb #8ec9ce04
 _YCBCR = np.array(  # BT.601 in studio range: Y, Cb and Cr from R, G and B in [0, 1]
@@ -84,7 +90,7 @@ _OFFSET = np.array([16.0, 128.0, 128.0])
 
 def _mix(x, matrix, offset):
     "New channels, each a weighted sum of the old ones and an offset."
-    # not a matrix product: half precision would take that for a layer and round it to 8 bits
+    # not a matrix product: under autocast a matmul would run in bfloat16
     rows = [sum(float(w) * x[:, i] for i, w in enumerate(row)) for row in matrix]
     return torch.stack([row + float(o) for row, o in zip(rows, offset)], 1)
 
@@ -116,7 +122,7 @@ def luma_psnr(
     target,  # of the same kind and size
     border: int = 0,  # pixels to leave out at each side; papers on super-resolution use the scale
 ):  # dB: a number, or for a batch a tensor (N,); infinite for two identical pictures
-    "PSNR as the papers measure it: on the luma Y, borders shaved. Raises `EnhanceError`, as `mse`."
+    "PSNR of the luma Y without a border, as papers measure it. Raises `EnhanceError`, as `mse`."
     a, b = (crop_border(luma(x), border) for x in as_batches(prediction, target))
     return per_picture(psnr(a, b), target)
 
@@ -135,15 +141,16 @@ def crop_border(
 def feature_distance(
     prediction,  # a photo, or a batch (N, 1 or 3, H, W) in [0, 1], sides of 32 pixels or more
     target,  # of the same kind and size
-    net: FeatureNet | None = None,  # by default `feature_net()`
+    net: nn.Module | None = None,  # gives a list of features; by default `feature_net()`
 ):  # 0 for two identical pictures, at most 2: a number, or for a batch a tensor (N,)
     "How differently a network sees two pictures (Zhang et al. 2018). Raises `EnhanceError`."
     a, b = as_batches(prediction, target)
-    if min(a.shape[2:]) < 32:
-        raise EnhanceError(
-            f'Features need 32×32 pixels or more; {a.shape[3]}×{a.shape[2]} is less.'
-        )
-    net = (net or feature_net()).to(a.device)
+    _check_side(a, 32, 'A feature distance')
+    if net is None:
+        from enhance_lib.toolbox.features import feature_net
+
+        net = feature_net()
+    net = net.to(a.device)
     with torch.inference_mode(), torch.autocast(a.device.type, enabled=False):
         layers = [
             (_unit(p) - _unit(t)).square().sum(1).mean((1, 2)) for p, t in zip(net(a), net(b))
@@ -161,9 +168,8 @@ def radial_spectrum(
     rings: int = 64,  # steps from coarse to fine
 ) -> tuple[np.ndarray, np.ndarray]:  # frequencies in cycles per pixel, and power at each, in dB
     "How much detail of each fineness a photo has. Raises `EnhanceError` if it is too small."
-    y = luma(to_tensor(open_photo(photo, 'L' if photo.mode in ('L', 'LA') else 'RGB')))[
-        0, 0
-    ].numpy()
+    photo = open_photo(photo, 'L' if photo.mode in ('L', 'LA') else 'RGB')
+    y = luma(to_tensor(photo))[0, 0].numpy()
     if min(y.shape) < 2 * rings:
         raise EnhanceError(f'{rings} rings need {2 * rings} pixels per side, not {min(y.shape)}.')
     # fade to nothing at the borders: else their jump would count as fine detail
@@ -184,8 +190,6 @@ def fine_detail(
 ) -> float:  # dB: 0 for the same strength, below for less detail, above for more
     "How the top octave of the spectrum differs, mean over its rings. Raises `EnhanceError`."
     as_batches(prediction, target)  # says what does not fit together
-    rings = min(64, min(target.size) // 2)
-    if rings < 16:
-        raise EnhanceError(f'Spectra need 32×32 pixels; {target.width}×{target.height} is less.')
+    rings = max(16, min(64, min(target.size) // 2))
     differs = np.subtract(*(radial_spectrum(p, rings)[1] for p in (prediction, target)))
     return float(differs[rings // 2 :].mean())

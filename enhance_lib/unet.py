@@ -11,18 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastai.data.core import DataLoaders
-from fastai.layers import NormType
-from fastai.learner import Learner
-from fastai.optimizer import RMSProp
-from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torch.nn import functional as F
 
 from .toolbox.errors import EnhanceError, EnhanceWarning, first_line
 from .toolbox.features import timm_network
 from .toolbox.models import PhotoModel
-from .toolbox.training import CheckpointEachEpoch, psnr_learner
 
 # %% ../nbs/06_unet.ipynb #d10130f2
 def encoder_layers(
@@ -40,6 +34,30 @@ def encoder_layers(
     return layers
 
 # %% ../nbs/06_unet.ipynb #838b4e1c
+def _with_decoder(network, model_name, weight_norm, **options):
+    "fastai's U-Net on an encoder of timm's. It begins with an output of zero everywhere."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)  # of torch's first weight norm
+            from fastai.layers import NormType
+            from fastai.vision.models.unet import DynamicUnet
+
+            layers = nn.Sequential(*encoder_layers(network))
+            norm = NormType.Weight if weight_norm else None
+            unet = DynamicUnet(layers, 3, (128, 128), norm_type=norm, **options)
+    except Exception as e:  # no stages, or a photo of one size only
+        raise EnhanceError(
+            f'A U-Net cannot be built on {model_name} ({first_line(e)}). Take a network '
+            'whose layers follow one another and get smaller: resnet18, for instance.'
+        ) from e
+    last = unet.layers[-2][0]  # a 1×1 convolution to 3 channels
+    if weight_norm:  # a length of zero has no direction
+        nn.utils.remove_weight_norm(last)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return unet
+
+
 class UNet(PhotoModel):
     "A U-Net on an encoder of timm's (Ronneberger et al. 2015), which predicts the residual."
 
@@ -58,26 +76,12 @@ class UNet(PhotoModel):
         weight_norm: bool = True,  # of the decoder's convolutions; False: none
     ):
         super().__init__()
-        options = {'blur': blur, 'self_attention': self_attention}
-        self.arguments = {'model_name': model_name, **options, 'weight_norm': weight_norm}
+        options = {'blur': blur, 'self_attention': self_attention, 'weight_norm': weight_norm}
+        self.arguments = {'model_name': model_name, **options}
         network = timm_network(model_name, pretrained)
-        norm = NormType.Weight if weight_norm else None
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', FutureWarning)  # of torch's first weight norm
-                layers = nn.Sequential(*encoder_layers(network))
-                self.net = DynamicUnet(layers, 3, (128, 128), norm_type=norm, **options)
-        except Exception as e:  # no stages, or a photo of one size only
-            raise EnhanceError(
-                f'A U-Net can not be built on {model_name} ({first_line(e)}). Take a network '
-                'whose layers follow one another and get smaller: resnet18, for instance.'
-            ) from e
-        for name in ('mean', 'std'):
+        self.net = _with_decoder(network, **self.arguments)
+        for name in ('mean', 'std'):  # of the colors that the encoder was trained with
             self.register_buffer(name, torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1))
-        last = self.net.layers[-2][0]  # a 1×1 convolution to 3 channels
-        if weight_norm:  # a length of zero has no direction
-            nn.utils.remove_weight_norm(last)
-        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
 
     def forward(
         self,
@@ -97,22 +101,40 @@ def unet_parameters(
     model_name: str,  # one of timm's names
     **options,  # of `UNet`
 ) -> int:
-    "How many parameters a U-Net on this encoder has. Raises `EnhanceError` if there can't be one."
+    "How many parameters a U-Net on this encoder has; it is never built in memory."
     with torch.device('meta'):
         return sum(p.numel() for p in UNet(model_name, **options).parameters())
 
 # %% ../nbs/06_unet.ipynb #49c45eca
 def two_groups(
     model: UNet,
-) -> list:  # two lists of parameters
+) -> list[list]:  # two lists of parameters
     "Encoder, and the rest, for fastai's `freeze` and for rates of their own."
     encoder = list(model.net.layers[0].parameters())
     of_encoder = {id(p) for p in encoder}
     return [encoder, [p for p in model.parameters() if id(p) not in of_encoder]]
 
 
+def _check_size(dls, model_name, **kind):
+    "That the pairs suit a U-Net; and a warning if it will be very large."
+    degraded, clean = dls.valid_ds[0]
+    if degraded.shape != clean.shape:
+        raise EnhanceError(
+            f'The degraded photos are {degraded.shape[2]}×{degraded.shape[1]} and the clean ones '
+            f'{clean.shape[2]}×{clean.shape[1]} here. A U-Net does not enlarge.'
+        )
+    n = unet_parameters(model_name, **kind)
+    if n > LARGE:
+        warnings.warn(
+            f'A U-Net on {model_name} has {n / 1e6:.0f} million parameters. Training it takes '
+            f'{16 * n / 1e9:.1f} GB, and more for the photos. One on resnet34 has 41 million.',
+            EnhanceWarning,
+            stacklevel=3,
+        )
+
+
 def get_unet(
-    dls: DataLoaders,  # of (degraded, clean) batches in [0, 1], of the same size
+    dls,  # fastai's `DataLoaders` of (degraded, clean) batches in [0, 1], of the same size
     model_name: str = 'swsl_resnet18',  # one of timm's names
     pretrained: bool | str | Path = True,  # the encoder from the web; or a file; or random weights
     loss_func=F.mse_loss,  # function(prediction, target) -> a number
@@ -121,23 +143,14 @@ def get_unet(
     weight_norm: bool = True,  # of the decoder's convolutions; False: none
     half: bool = True,  # in half precision, where the device is faster with it
     **options,  # what else a `Learner` takes
-) -> Learner:
-    "A U-Net to be trained, as in Image 2.0. Raises `EnhanceError`; warns if it is very large."
+):  # a fastai `Learner`
+    "A U-Net to be trained, as in Image 2.0; warns if it is very large."
+    from fastai.optimizer import RMSProp
+
+    from enhance_lib.toolbox.training import psnr_learner
+
     kind = {'blur': blur, 'self_attention': self_attention, 'weight_norm': weight_norm}
-    n = unet_parameters(model_name, **kind)
-    if n > LARGE:
-        warnings.warn(
-            f'A U-Net on {model_name} has {n / 1e6:.0f} million parameters. Training it takes '
-            f'{16 * n / 1e9:.1f} GB, and more for the photos. One on resnet34 has 41 million.',
-            EnhanceWarning,
-            stacklevel=2,
-        )
-    degraded, clean = dls.valid_ds[0]
-    if degraded.shape != clean.shape:
-        raise EnhanceError(
-            f'The degraded photos are {degraded.shape[2]}×{degraded.shape[1]} and the clean ones '
-            f'{clean.shape[2]}×{clean.shape[1]} here. A U-Net does not enlarge.'
-        )
+    _check_size(dls, model_name, **kind)
     model = UNet(model_name, pretrained, **kind)
     with_momentum = partial(RMSProp, mom=0.9)  # which it leaves out altogether if it is zero
     options = {'opt_func': with_momentum, 'moms': (0.9, 0.9, 0.9), 'wd': 0.1, **options}
@@ -148,7 +161,7 @@ def get_unet(
 
 # %% ../nbs/06_unet.ipynb #a529f8d2
 def fit_in_phases(
-    learn: Learner,  # as `get_unet` gives it
+    learn,  # as `get_unet` gives it
     frozen_epochs: int = 10,  # with the encoder as it is
     unfrozen_epochs: int = 10,  # with all
     frozen_rate: float = 4e-4,  # highest rate in the first phase, for batches of 32
@@ -156,18 +169,20 @@ def fit_in_phases(
     checkpoint: str | Path | None = None,  # go on from CHECKPOINT.frozen.ckpt, then .all.ckpt
 ):
     "Train first the decoder, then all, one cycle each; by default with the rates of Image 2.0."
+    from enhance_lib.toolbox.training import CheckpointEachEpoch
+
     share = learn.dls.train.bs / 32
 
-    def keep_going(phase):
+    def checkpoints(phase):
         return [CheckpointEachEpoch(Path(f'{checkpoint}.{phase}.ckpt'))] if checkpoint else []
 
     if frozen_epochs:
         learn.freeze()
         for p in two_groups(learn.model)[0]:
             p.grad = None  # or momentum and weight decay would move what is frozen
-        learn.fit_one_cycle(frozen_epochs, frozen_rate * share, cbs=keep_going('frozen'))
+        learn.fit_one_cycle(frozen_epochs, frozen_rate * share, cbs=checkpoints('frozen'))
     learn.unfreeze()
     if unfrozen_epochs:
         slow, fast = rates
         rates = slice(slow * share, fast * share)
-        learn.fit_one_cycle(unfrozen_epochs, rates, cbs=keep_going('all'))
+        learn.fit_one_cycle(unfrozen_epochs, rates, cbs=checkpoints('all'))

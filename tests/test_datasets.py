@@ -1,32 +1,238 @@
-"""`get_dataset` against a server of our own: what comes whole, what doesn't, and what is left."""
+"""Samples, tables and sheets; and `get_dataset` against a server of our own."""
 
 import hashlib
 import io
+import os
 import re
+import shutil
+import sys
 import tarfile
 import threading
 import zipfile
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from common import BANDS, assert_same, noise, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from enhance_lib.enhance_lib import photos
+from enhance_lib.toolbox import datasets
 from enhance_lib.toolbox.datasets import (
     DATASETS,
+    SAMPLES,
     PhotoSet,
     data_folder,
     datasets_markdown,
     datasets_table,
     get_dataset,
+    make_sheet,
+    name_lot,
+    read_table,
+    sample_photo,
+    sample_photos,
+    split_sheet,
+    write_table,
 )
-from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.files import find_photos
+from enhance_lib.toolbox.files import find_photos, save_photo
+
+# --- samples ---------------------------------------------------------------------------------
 
 
-def photo():
+@pytest.mark.parametrize('name', SAMPLES)
+def test_samples(name):
+    photo = sample_photo(name)
+    assert photo.mode == 'RGB'
+    assert min(photo.size) >= 256
+    assert np.asarray(photo).std() > 5  # a picture, and not a blank
+    assert SAMPLES[name].split in ('train', 'held-out') and SAMPLES[name].license
+
+
+def test_split_of_the_samples():
+    "By photo, so that nothing a network learned from is ever in its score."
+    held_out = sample_photos('held-out')
+    assert list(held_out) == ['cat', 'coffee', 'china']
+    train = [name for name, sample in SAMPLES.items() if sample.split == 'train']
+    assert not set(train) & set(held_out)
+    assert len(train) + len(held_out) == len(SAMPLES)
+    assert len({s.load for s in SAMPLES.values()}) == len(SAMPLES)
+    with refused("'validation'", 'held-out'):
+        sample_photos('validation')
+    with refused("'dog'", 'cat'):
+        sample_photo('dog')
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Twelve empty files by the names of photos."
+    home = tmp_path / 'photos'
+    (home / 'sub').mkdir(parents=True)
+    for i in range(12):
+        (home / ('sub' if i % 3 == 0 else '.') / f'{i:02}.jpg').touch()
+    return home
+
+
+def test_name_lot():
+    "The first as coreutils says: printf a.jpg | b2sum -l 64."
+    assert name_lot('a.jpg') == 0xFE47F0026E12A789 / 2**64
+    lots = np.array([name_lot(f'{i}.jpg') for i in range(10_000)])
+    assert 0 <= lots.min() and lots.max() < 1
+    share = np.histogram(lots, 10, (0, 1))[0] / 1000
+    assert np.abs(share - 1).max() < 0.12  # four standard deviations
+    neighbors = np.corrcoef(lots[:-1], lots[1:])[0, 1]
+    assert abs(neighbors) < 0.05
+
+
+def test_table(tmp_path, folder):
+    table = write_table(folder, tmp_path / 'out' / 'table.csv', 0.25)
+    assert list(table) == ['fnames', 'is_val']
+    assert table['fnames'].tolist() == [
+        p.relative_to(folder).as_posix() for p in find_photos(folder)
+    ]
+    again = read_table(tmp_path / 'out' / 'table.csv', folder)
+    assert again['is_val'].dtype == bool
+    assert again.equals(table)
+    lines = (tmp_path / 'out' / 'table.csv').read_text().splitlines()
+    assert lines[0] == 'fnames,is_val' and len(lines) == 13
+    # each photo's lot decides, and nothing else
+    assert table['is_val'].tolist() == [name_lot(n) < 0.25 for n in table['fnames']]
+
+
+@pytest.mark.parametrize('valid, count', [(0, 0), (0.001, 1), (1, 12)])
+def test_share(tmp_path, folder, valid, count):
+    assert write_table(folder, tmp_path / 'table.csv', valid)['is_val'].sum() == count
+
+
+def test_share_is_about_what_was_asked(tmp_path):
+    for i in range(400):
+        (tmp_path / f'{i}.jpg').touch()
+    table = write_table(tmp_path, tmp_path / 'table.csv', 0.2)
+    assert abs(table['is_val'].mean() - 0.2) < 0.08  # four standard deviations
+
+
+@pytest.mark.parametrize('valid', [-0.1, 1.1, 20, float('nan')])
+def test_impossible_share(tmp_path, folder, valid):
+    with refused(str(valid), '0 to 1'):
+        write_table(folder, tmp_path / 'table.csv', valid)
+    assert not (tmp_path / 'table.csv').exists()
+
+
+@pytest.mark.parametrize('valid', [0.1, 0.2, 0.5, 0.75])
+def test_split_is_stable(tmp_path, valid):
+    "A photo that was trained on never joins the validation set, however many are added."
+    before = {}
+    for i in np.random.default_rng(0).permutation(30):
+        (tmp_path / f'photo {i}.jpg').touch()
+        table = write_table(tmp_path, tmp_path / 'table.csv', valid)
+        after = dict(zip(table['fnames'], table['is_val']))
+        assert len(after) == len(before) + 1
+        assert not [name for name, held_back in before.items() if after[name] and not held_back]
+        before = after
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('fnames\na.jpg\n', ['no column is_val']),
+        ('name,val\na.jpg,True\n', ['no column fnames and no column is_val']),
+        ('fnames,is_val\na.jpg,perhaps\n', ['column is_val', 'True and False']),
+        ('fnames,is_val\na.jpg,2\n', ['column is_val']),
+        ('fnames,is_val\na.jpg,\nb.jpg,True\n', ['column is_val']),
+        ('', ['not a CSV table']),
+        ('fnames,is_val\na.jpg,True\nb,c,d,e\n', ['not a CSV table']),
+        (b'\xff\xfe\0\x01', []),
+        ('fnames,is_val\n,True\n', ['fnames']),
+    ],
+)
+def test_bad_table(tmp_path, folder, text, words):
+    path = tmp_path / 'table.csv'
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with refused('table.csv', *words):
+        read_table(path, folder)
+
+
+def test_a_table_is_text_whatever_its_name(tmp_path, folder):
+    path = tmp_path / 'table.csv.gz'
+    table = write_table(folder, path)
+    assert read_table(path, folder).equals(table)
+
+
+@pytest.mark.parametrize('yes, no', [('True', 'False'), ('true', 'FALSE'), ('1', '0')])
+def test_ways_to_say_yes(tmp_path, yes, no):
+    (tmp_path / 't.csv').write_text(f'fnames,is_val\n007,{yes}\nb.jpg,{no}\n')
+    table = read_table(tmp_path / 't.csv')
+    assert table['is_val'].tolist() == [True, False]
+    assert table['fnames'].tolist() == ['007', 'b.jpg']  # names, not numbers
+
+
+def test_table_that_is_not_there(tmp_path):
+    with refused('no table', 'gone.csv'):
+        read_table(tmp_path / 'gone.csv')
+    with refused(str(tmp_path)):
+        read_table(tmp_path)
+
+
+def test_missing_photos_are_listed(tmp_path, folder):
+    path = tmp_path / 'table.csv'
+    write_table(folder, path)
+    (folder / '01.jpg').unlink()
+    with refused('1 photo', '01.jpg', 'table.csv', str(folder)) as caught:
+        read_table(path, folder)
+    assert '…' not in str(caught.value)
+    assert len(read_table(path)) == 12  # without a folder nothing is looked for
+    shutil.rmtree(folder)
+    with refused('12 photos', '…') as caught:
+        read_table(path, folder)
+    assert str(caught.value).count('.jpg') == 10
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux has names that are not Unicode')
+def test_names_that_are_not_unicode(tmp_path):
+    "As an old camera card or archive has them."
+    path = tmp_path / os.fsdecode(b'caf\xe9.png')
+    save_photo(noise(), path)
+    write_table(tmp_path, tmp_path / 'table.csv')
+    assert read_table(tmp_path / 'table.csv', tmp_path)['fnames'].tolist() == [path.name]
+
+
+# --- sheets ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(st.integers(1, 90), st.integers(1, 90)), st.sampled_from(list(BANDS)))
+def test_sheet_round_trip(size, mode):
+    clean, degraded = noise(size, mode), noise(size, mode, 1)
+    sheet = make_sheet(clean, degraded)
+    assert sheet.size == (2 * size[0], size[1])
+    assert np.array_equal(np.asarray(sheet), np.concatenate([clean, degraded], 1))
+    for half, photo in zip(split_sheet(sheet), (clean, degraded)):
+        assert_same(half, photo)
+
+
+def test_bad_sheets():
+    with refused('(20, 14)', '(20, 15)'):
+        make_sheet(noise(), noise((20, 15)))
+    with refused('RGB', 'L'):
+        make_sheet(noise(), noise(mode='L'))
+    with refused('21'):
+        split_sheet(noise((21, 3)))
+
+
+def test_profile_outlives_a_sheet():
+    photo = noise((40, 30))
+    photo.info = {'icc_profile': b'a profile'}
+    assert make_sheet(photo, photo).info == {'icc_profile': b'a profile'}
+
+
+# --- sets to download ------------------------------------------------------------------------
+
+
+def png():
     file = io.BytesIO()
     Image.new('RGB', (3, 2), 'red').save(file, 'PNG')
     return file.getvalue()
@@ -51,7 +257,7 @@ def zipped(**files):
     return file.getvalue()
 
 
-INSIDE = {'top/images/a.png': photo(), 'top/images/b.png': photo(), 'top/README': b'hello'}
+INSIDE = {'top/images/a.png': png(), 'top/images/b.png': png(), 'top/README': b'hello'}
 
 
 class Server:
@@ -113,20 +319,9 @@ def offer(server, monkeypatch):
             'cite': 'nobody',
             'photos': 'top/images',
         }
-        monkeypatch.setattr(photos, 'DATASETS', {'tiny': PhotoSet(**{**row, **change})})
+        monkeypatch.setattr(datasets, 'DATASETS', {'tiny': PhotoSet(**{**row, **change})})
 
     return offer
-
-
-@contextmanager
-def refused(*words):
-    "A `EnhanceError` of one line that holds all the words."
-    with pytest.raises(EnhanceError) as caught:
-        yield caught
-    message = str(caught.value)
-    assert '\n' not in message
-    for word in words:
-        assert word in message
 
 
 def names(folder):
@@ -143,7 +338,7 @@ def test_success(tmp_path, server, offer, suffix):
     folder = get_dataset('tiny', tmp_path / 'new' / 'data')
     assert folder == tmp_path / 'new' / 'data' / 'tiny' / 'top' / 'images'
     assert [p.name for p in find_photos(folder)] == ['a.png', 'b.png']
-    assert (folder / 'a.png').read_bytes() == photo()
+    assert (folder / 'a.png').read_bytes() == png()
     assert names(tmp_path / 'new' / 'data') == ALL  # and no archive
     assert server.asked == [f'/files/set{suffix}']
     assert get_dataset('tiny', str(tmp_path / 'new' / 'data')) == folder
@@ -151,7 +346,7 @@ def test_success(tmp_path, server, offer, suffix):
 
 
 def test_photos_at_the_top(tmp_path, offer):
-    offer(zipped(**{'a.png': photo()}), '.zip', photos='.')
+    offer(zipped(**{'a.png': png()}), '.zip', photos='.')
     folder = get_dataset('tiny', tmp_path)
     assert folder == tmp_path / 'tiny'
     assert find_photos(folder) == [folder / 'a.png']
@@ -241,7 +436,7 @@ def test_nothing_lands_outside(tmp_path, offer, suffix, name):
     "The tar is refused whole; from a zip such members are left out."
     if name.startswith('/'):
         name = str(tmp_path / 'outside.png')
-    files, home = {**INSIDE, name: photo()}, tmp_path / 'home'
+    files, home = {**INSIDE, name: png()}, tmp_path / 'home'
     if suffix == '.tgz':
         offer(tgz(**files), suffix)
         if name.startswith('/'):  # then only its slash goes, and it stays inside
@@ -292,7 +487,7 @@ def test_not_an_archive(tmp_path, server, offer, suffix):
 
 def test_archive_without_the_folder(tmp_path, server, offer):
     "However often one tries, and with nothing left that looks like the data set."
-    offer(tgz(**{'other/a.png': photo()}))
+    offer(tgz(**{'other/a.png': png()}))
     for _ in range(2):
         with refused('tiny', "no folder 'top/images'", 'sample_photos'):
             get_dataset('tiny', tmp_path)
@@ -303,10 +498,10 @@ def test_folder_with_something_else_in_it(tmp_path, offer):
     "Photos put in the wrong place by hand are not touched, and the message says where they go."
     offer(tgz(**INSIDE))
     (tmp_path / 'tiny').mkdir()
-    (tmp_path / 'tiny' / 'mine.png').write_bytes(photo())
+    (tmp_path / 'tiny' / 'mine.png').write_bytes(png())
     with refused('tiny', str(tmp_path / 'tiny' / 'top' / 'images')):
         get_dataset('tiny', tmp_path)
-    assert (tmp_path / 'tiny' / 'mine.png').read_bytes() == photo()
+    assert (tmp_path / 'tiny' / 'mine.png').read_bytes() == png()
 
 
 def test_archive_of_somebody_else(tmp_path, offer):

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -21,8 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageDraw, ImageOps
-from tifffile import imwrite
+from PIL import Image, ImageCms, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,7 +44,6 @@ from enhance_lib.enhance import (
     plan_for,
 )
 from enhance_lib.toolbox.files import as_photo, open_pixels, save_pixels
-from enhance_lib.toolbox.tiles import fitting_tile, run_tiles
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.files import open_photo, save_photo
@@ -93,111 +90,6 @@ class Twice(Same):
 
     def forward(self, x):
         return super().forward(x).repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-
-# Files
-
-
-@pytest.mark.parametrize('n_channels', [1, 2, 3, 4])
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-def test_sixteen_bits_survive_a_file(tmp_path, n_channels, suffix):
-    pixels = array(13, 17, n_channels, np.uint16)
-    path = save_pixels(pixels, tmp_path / f'a.{suffix}')
-    again, _ = open_pixels(path)
-    expected = pixels[..., [0, 0, 0, 1]] if (suffix, n_channels) == ('tif', 2) else pixels
-    assert again.dtype == np.uint16 and (again == expected).all()
-
-
-def test_a_packed_tiff_keeps_its_16_bits(tmp_path):
-    "As programs for photos write it."
-    from tifffile import imwrite
-
-    pixels = array(20, 30, 3, np.uint16)
-    for compression in ('lzw', 'zlib'):
-        imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', compression=compression)
-        assert (open_pixels(tmp_path / 'a.tif')[0] == pixels).all()
-
-
-def test_png_keeps_profile_exif_and_resolution_with_16_bits(tmp_path):
-    exif = Image.Exif()
-    exif[0x010F] = 'Camera'
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-    info = {'icc_profile': profile, 'exif': exif.tobytes(), 'dpi': (300, 300)}
-    save_pixels(array(5, 6, 3, np.uint16), tmp_path / 'a.png', info)
-    photo = Image.open(tmp_path / 'a.png')
-    photo.load()
-    assert photo.info['icc_profile'] == profile
-    assert photo.getexif()[0x010F] == 'Camera'
-    assert [round(d) for d in photo.info['dpi']] == [300, 300]
-    _, kept = open_pixels(tmp_path / 'a.png')
-    assert kept['icc_profile'] == profile and 'exif' in kept
-
-
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_sixteen_bits_are_turned_upright_as_pillow_turns_eight(tmp_path, orientation):
-    pixels = array(4, 7, 3, np.uint16)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    save_pixels(pixels, tmp_path / 'a.png', {'exif': exif.tobytes()})
-    turned, _ = open_pixels(tmp_path / 'a.png')
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'a.png')))
-    assert turned.dtype == np.uint16
-    assert (turned >> 8 == expected).all()
-
-
-def test_eight_bits_stay_eight_bits(tmp_path):
-    for mode in ('L', 'LA', 'RGB', 'RGBA'):
-        photo = Image.fromarray(array(9, 8, 4), 'RGBA').convert(mode)
-        photo.save(tmp_path / 'a.png')
-        pixels, _ = open_pixels(tmp_path / 'a.png')
-        assert pixels.dtype == np.uint8 and as_photo(pixels).mode == mode
-        assert as_photo(pixels).tobytes() == photo.tobytes()
-
-
-def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
-    pixels = np.full((8, 8, 3), 257 * 100, np.uint16)
-    save_pixels(pixels, tmp_path / 'a.bmp')
-    assert (np.asarray(Image.open(tmp_path / 'a.bmp')) == 100).all()
-
-
-def test_a_pillow_image_of_16_bits_keeps_them():
-    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(16, 64)
-    pixels, _ = open_pixels(Image.fromarray(ramp))
-    assert (pixels[..., 0] == ramp).all()
-
-
-@pytest.mark.parametrize('orientation', [3, 6])
-@pytest.mark.parametrize('kind', ['PNG', 'TIFF, largest byte first'])
-def test_a_pillow_image_of_16_bits_is_turned_upright(orientation, kind):
-    gray, file, exif = array(4, 7, 1, np.uint16)[..., 0], io.BytesIO(), Image.Exif()
-    exif[0x0112] = orientation
-    if kind == 'PNG':
-        Image.fromarray(gray).save(file, 'PNG', exif=exif)
-    else:
-        options = {'byteorder': '>', 'metadata': None}
-        imwrite(file, gray, extratags=[(0x0112, 'H', 1, orientation, True)], **options)
-    file.seek(0)
-    pixels, _ = open_pixels(Image.open(file))
-    turned = {3: np.rot90(gray, 2), 6: np.rot90(gray, -1)}[orientation]
-    assert pixels.dtype == np.uint16 and pixels.dtype.isnative
-    assert np.array_equal(pixels[..., 0], turned)
-
-
-@posix
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, dtype):
-    path = save_pixels(array(8, 8, 3, dtype), tmp_path / 'a.png')
-    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    try:
-        with pytest.raises(EnhanceError, match='could not be written'):
-            save_pixels(array(200, 200, 3, dtype), path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, kept)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ['a.png']
 
 
 # Looking and choosing
@@ -326,163 +218,6 @@ FIXED = [
     (None, 2, 'realtime-x4-any'),
     ('jpeg-blind', 2, 'realtime-x4-any'),
 ]
-
-
-# Tiles
-
-
-class Convs(PhotoModel):
-    "Random convolutions that see `margin` pixels, and enlarge; 8-pixel blocks if asked for."
-
-    def __init__(self, scale=1, margin=2, multiple=1):
-        super().__init__()
-        torch.manual_seed(0)
-        self.scale, self.margin, self.multiple = scale, margin, multiple
-        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()]
-        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()] * (margin - 2)
-        self.body = nn.Sequential(*layers, nn.Conv2d(8, 3 * scale**2, 3, padding=1))
-
-    def forward(self, x):
-        if self.multiple > 1:  # depends on where blocks lie
-            mean = F.avg_pool2d(x, self.multiple)
-            x = x - 0.5 * F.interpolate(mean, scale_factor=self.multiple)
-        return F.pixel_shuffle(self.body(x).sigmoid(), self.scale)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    height=st.integers(1, 150),
-    width=st.integers(1, 150),
-    scale=st.sampled_from([1, 2, 3, 4]),
-    margin=st.integers(2, 9),
-    tile=st.integers(32, 80),
-    multiple=st.sampled_from([1, 1, 4, 8]),
-    more=st.integers(0, 20),
-    deep=st.booleans(),
-)
-def test_tiles_equal_the_whole_where_overlap_covers_what_is_seen(
-    height, width, scale, margin, tile, multiple, more, deep
-):
-    model = Convs(scale, margin, multiple)
-    if multiple > 1:  # a block at the edge of what is seen is seen whole
-        model.margin += multiple
-    pixels = array(height, width, 3, np.uint16 if deep else np.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('enhance_lib.workbench.half_dtype', lambda device: None)
-        whole = run_tiles(model, pixels, 'cpu', tile=4096)
-        tiled = run_tiles(model, pixels, 'cpu', tile=tile, overlap=2 * model.margin + more)
-    assert tiled.shape == (height * scale, width * scale, 3) and tiled.dtype == pixels.dtype
-    assert np.abs(tiled.astype(int) - whole).max() <= 1
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    height=st.integers(1, 90),
-    width=st.integers(1, 90),
-    tile=st.integers(32, 64),
-    overlap=st.integers(0, 60),
-    margin=st.integers(0, 20),
-    n_channels=st.sampled_from([1, 3]),
-)
-def test_tiles_of_what_changes_nothing_are_the_photo(
-    height, width, tile, overlap, margin, n_channels
-):
-    "Whatever is blended, weights sum to 1."
-    model = Same()
-    model.margin, model.gray = margin, True
-    pixels = array(height, width, n_channels)
-    assert (run_tiles(model, pixels, 'cpu', tile, overlap) == pixels).all()
-
-
-@pytest.mark.parametrize('name', ['jpeg-q10', 'jpeg-blind', 'srcnn-x3', 'realtime-x2'])
-def test_published_models_that_are_exact(name, in_float32):
-    model = load_model(name)
-    assert model.exact
-    photo = sample_photo('china').crop((100, 100, 331, 291))
-    pixels = np.asarray(photo)
-    whole = run_tiles(model, pixels, 'cpu', tile=1024).astype(int)
-    tiled = run_tiles(model, pixels, 'cpu', tile=64).astype(int)
-    assert np.abs(tiled - whole).max() <= 1
-    by_predict = np.asarray(model.predict(photo, fast=False)).astype(int)
-    assert np.abs(tiled - by_predict).max() <= 1
-
-
-def test_the_networks_that_see_the_whole_photo_are_known():
-    seeing = [name for name in published() if not load_model(name).exact]
-    assert seeing == ['unet-feature', 'unet-gan', 'unet-mse']
-
-
-def test_no_seam_shows_where_tiles_differ():
-    "A network whose result depends on the whole tile: neighbors fade into each other."
-
-    class Mean(Same):
-        exact, margin = False, 4
-
-        def forward(self, x):
-            return x.mean((2, 3), keepdim=True).expand_as(x).contiguous()
-
-    ramp = np.linspace(0, 255, 400).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
-    faded = run_tiles(Mean(), ramp, 'cpu', tile=64).astype(int)
-    hard = run_tiles(Mean(), ramp, 'cpu', tile=64, overlap=0).astype(int)
-    assert np.abs(np.diff(hard, axis=1)).max() > 30  # 64 of 400 pixels are 41 levels
-    assert np.abs(np.diff(faded, axis=1)).max() <= 2
-
-
-class Needs(Same):
-    "Runs out of memory for more than `most` pixels."
-
-    def __init__(self, most, error=MemoryError()):  # noqa: B008
-        super().__init__()
-        self.most, self.error = most, error
-
-    def forward(self, x):
-        if x.shape[2] * x.shape[3] > self.most:
-            raise self.error
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(
-    'error', [RuntimeError('not enough memory: you tried to allocate 9 GB'), MemoryError()]
-)
-def test_tiles_are_halved_until_they_fit(error):
-    model, pixels = Needs(70 * 70, error), array(300, 300, 3)
-    result = run_tiles(model, pixels, 'cpu', tile=256)
-    assert (result == pixels).all()
-    assert max(height * width for height, width in model.sizes) > 70 * 70 / 4, 'halved too often'
-
-
-def test_no_memory_even_for_the_least_tile():
-    with pytest.raises(EnhanceError, match='not enough memory on cpu even for tiles of 32 pixels'):
-        run_tiles(Needs(10), array(100, 100, 3), 'cpu')
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    for words in 'shapes differ', 'an illegal memory access', 'unsupported memory format':
-        with pytest.raises(RuntimeError, match=words):
-            run_tiles(Needs(10, RuntimeError(words)), array(100, 100, 3), 'cpu')
-
-
-def test_tile_fits_what_is_free(monkeypatch):
-    model, cpu = load_model('realtime-x4'), torch.device('cpu')
-
-    def with_free(megabytes):
-        free = type('Free', (), {'available': megabytes * 1e6})
-        monkeypatch.setattr(module.psutil, 'virtual_memory', lambda: free)
-        return fitting_tile(model, cpu)
-
-    assert with_free(64_000) == model.tile
-    small = with_free(200)
-    assert 32 < small < model.tile
-    assert (small + 2 * model.margin) ** 2 * model.memory <= 100e6
-    assert with_free(1) == 32
-
-
-@pytest.mark.parametrize('tile', [31, 0, -5])
-def test_tiles_that_are_not_possible(tile):
-    with pytest.raises(EnhanceError, match=f'A tile of {tile} pixels is not possible: 32 or more'):
-        run_tiles(Same(), array(9, 9, 3), 'cpu', tile=tile)
-    with pytest.raises(EnhanceError, match='overlap of -1 pixels'):
-        run_tiles(Same(), array(9, 9, 3), 'cpu', overlap=-1)
 
 
 def test_spoiled_weights_are_said_to_be():

@@ -19,9 +19,10 @@ import enhance_lib
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 from stamp import BADGE, CODE, INSTALL, stamp
+from table import measured, notebooks, over
 
 LESSONS = sorted((ROOT / 'nbs').glob('[0-9][0-9]_*.ipynb'))
-NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
 
 
 def settings():
@@ -58,7 +59,8 @@ each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 def test_there_are_lessons():
     "Without notebooks the tests below would pass by not running."
-    assert LESSONS and LESSONS[0].name == 'toolbox/files.ipynb'
+    assert LESSONS and LESSONS[0].name == '01_crappify.ipynb'
+    assert len(NOTEBOOKS) > len(LESSONS) + 20, 'the toolbox and the applications too'
     assert (ROOT / 'nbs' / 'index.ipynb').exists()
 
 
@@ -101,7 +103,7 @@ def test_console_script_leads_to_a_function(script):
 
 def test_command_line_costs_nothing_to_import():
     code = (
-        'import sys, enhance_lib.command_line;'
+        'import sys, enhance_lib.applications.command_line;'
         'print(*sorted({"torch", "fastai", "numpy"} & set(sys.modules)))'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -117,7 +119,7 @@ def test_every_import_is_a_requirement():
     names |= {'fasttransform': 'fastai', 'requests': 'pooch'}
     required = {re.match(r'[\w-]+', line)[0] for line in setting_lines('requirements')}
     missing = set()
-    for path in sorted((ROOT / 'enhance_lib').glob('*.py')):
+    for path in sorted((ROOT / 'enhance_lib').rglob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -149,7 +151,7 @@ def test_export_and_clean_leave_no_difference(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
 
     def contents():
-        found = [*tmp_path.glob('nbs/*.ipynb'), *tmp_path.glob('enhance_lib/*.py')]
+        found = [*tmp_path.rglob('nbs/**/*.ipynb'), *tmp_path.rglob('enhance_lib/**/*.py')]
         return {str(p.relative_to(tmp_path)): p.read_bytes() for p in found}
 
     before = contents()
@@ -164,21 +166,58 @@ def test_export_and_clean_leave_no_difference(tmp_path):
 
 
 def module_of(path):
-    "The module that a lesson exports."
+    "The module that a notebook exports."
     found = re.findall(
-        r'^#\| default_exp (\w+)', '\n'.join(cells(path, 'code')), flags=re.MULTILINE
+        r'^#\| default_exp ([\w.]+)', '\n'.join(cells(path, 'code')), flags=re.MULTILINE
     )
     assert len(found) == 1, f'{path.name} needs one `#| default_exp`'
     return found[0]
 
 
-@each_lesson
-def test_lesson_imports_only_from_lessons_before(path):
-    "Or from its own module, whose finished form it may show first."
-    before = {module_of(p) for p in LESSONS if p <= path}
-    code = '\n'.join(cells(path, 'code'))
-    imported = set(re.findall(r'^\s*(?:from|import) +enhance_lib\.(\w+)', code, re.MULTILINE))
-    assert imported <= before
+def imports_of(path):
+    "What a module imports from the package, anywhere in it: names below `enhance_lib`."
+    home = path.relative_to(ROOT / 'enhance_lib').parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom):
+            base = list(home[: len(home) - node.level + 1]) if node.level else []
+            parts = [*base, *(node.module or '').split('.')] if node.module else base
+            names = ['.'.join(parts)]
+            if not node.module or node.module == 'enhance_lib':  # from . import x
+                names = ['.'.join([*base, alias.name]) for alias in node.names]
+            if node.level or (node.module or '').split('.')[0] == 'enhance_lib':
+                found |= {name.removeprefix('enhance_lib').lstrip('.') for name in names}
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith('enhance_lib.')]
+            found |= {name.removeprefix('enhance_lib.') for name in names}
+    return found - {'', '__version__'}
+
+
+ORDER = {module_of(path): i for i, path in enumerate(LESSONS)}  # of the lessons' modules
+MODULES = [p for p in sorted((ROOT / 'enhance_lib').rglob('*.py')) if not p.stem.startswith('_')]
+
+
+@pytest.mark.parametrize(
+    'path', MODULES, ids=lambda p: p.relative_to(ROOT / 'enhance_lib').as_posix()
+)
+def test_module_imports_what_its_place_in_the_house_allows(path):
+    "The toolbox imports no lesson; a lesson the toolbox and lessons before it; applications all."
+    name = '.'.join(path.relative_to(ROOT / 'enhance_lib').with_suffix('').parts)
+    allowed = {'toolbox'}
+    if name in ORDER:
+        allowed |= {module for module, i in ORDER.items() if i < ORDER[name]}
+    elif name.startswith('applications.'):
+        allowed |= {'applications', *ORDER}
+    else:
+        assert name.startswith('toolbox.'), 'a module is of the toolbox, a lesson or an application'
+    wrong = {i for i in imports_of(path) if i.split('.')[0] not in allowed}
+    assert not wrong
+
+
+@pytest.mark.parametrize('name', notebooks())
+def test_notebook_is_within_its_limits(name):
+    row, longest = measured(notebooks()[name])
+    assert not over(name, row), f'{row}; the longest function is {longest}: see tools/table.py'
 
 
 HEADINGS = [

@@ -1,6 +1,7 @@
-"""The U-Net: encoders of timm's, two groups, phases, training from disk and going on with it."""
+"""The U-Net: encoders of timm's, two groups, phases, and the published ones."""
 
-import json
+import subprocess
+import sys
 import warnings
 from functools import cache
 
@@ -9,9 +10,7 @@ import pytest
 import timm
 import torch
 from beside import SHARED
-from fastai.callback.core import Callback
 from fastai.layers import NormType
-from fastai.learner import load_learner
 from fastai.optimizer import Adam
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
@@ -19,29 +18,24 @@ from torch import nn
 from torch.nn import functional as F
 
 import enhance_lib.unet as module
-from enhance_lib.crappify import RECIPES
 from enhance_lib.applications.scoreboard import TASKS
-from enhance_lib.toolbox.models import WEIGHTS
-from enhance_lib.toolbox.tensors import to_tensor
+from enhance_lib.crappify import RECIPES
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError, EnhanceWarning
-from enhance_lib.toolbox.files import find_photos, open_photo
-from enhance_lib.applications.train import export_unet, train_unet
 from enhance_lib.toolbox.features import timm_network
-from enhance_lib.toolbox.training import Augment
+from enhance_lib.toolbox.files import find_photos, open_photo
+from enhance_lib.toolbox.models import WEIGHTS, load_model
+from enhance_lib.toolbox.pairs import recipe_dls
+from enhance_lib.toolbox.tensors import to_tensor
+from enhance_lib.toolbox.training import Augment, set_seed
 from enhance_lib.unet import (
-    PUBLISHED,
     UNet,
     encoder_layers,
     fit_in_phases,
     get_unet,
-    train_published,
     two_groups,
     unet_parameters,
 )
-from enhance_lib.toolbox.models import load_model
-from enhance_lib.toolbox.pairs import recipe_dls
-from enhance_lib.workbench import set_seed
 
 SMALL = {'model_name': 'test_resnet', 'pretrained': False}
 PLAIN = {'blur': False, 'self_attention': False}
@@ -68,7 +62,7 @@ def pieces(n=4, side=72, seed=0):
     return found
 
 
-def small_dls(n=4, size=64, bs=2, recipe='gan', seed=0):
+def small_dls(n=4, size=64, bs=2, recipe=RECIPES['gan'], seed=0):
     return recipe_dls(pieces(n, seed=seed), pieces(2, seed=1), recipe, size, bs, augment=False)
 
 
@@ -134,7 +128,7 @@ def test_an_unknown_encoder_suggests_the_nearest():
 )
 def test_an_encoder_that_a_unet_can_not_be_built_on(name):
     "Said before anything is trained or even built."
-    with pytest.raises(EnhanceError, match=f'can not be built on {name}') as error:
+    with pytest.raises(EnhanceError, match=f'cannot be built on {name}') as error:
         get_unet(small_dls(), name, pretrained=False)
     one_line(error)
 
@@ -176,6 +170,14 @@ def test_a_large_unet_warns_before_it_is_built(monkeypatch):
 
 
 # The model
+
+
+def test_importing_the_unet_costs_only_torch():
+    "fastai and timm come when one is made."
+    heavy = ('fastai', 'timm', 'pandas', 'matplotlib', 'skimage', 'torchvision')
+    code = f'import sys, enhance_lib.unet; print([n for n in {heavy} if n in sys.modules])'
+    told = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert told.stdout == '[]\n'
 
 
 @pytest.mark.parametrize('options', [{}, {'blur': True, 'self_attention': True}])
@@ -361,183 +363,14 @@ def test_both_photos_of_a_pair_are_turned_alike():
     assert learn.xb[0] is clean
 
 
-# What is kept
-
-
-def test_what_is_kept_gives_the_same_photos(tmp_path):
-    learn = get_unet(small_dls(), **SMALL, **PLAIN)
-    learn.model.load_state_dict(trained_a_little().state_dict())
-    export_unet(learn, tmp_path / 'a.b', recipe='gan')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.b.json', 'a.b.pkl', 'a.b.safetensors']
-    photo = pieces(1)[0]
-    photo.save(tmp_path / 'photo.png')
-    with torch.inference_mode():
-        wanted = learn.model.eval().cpu()(to_tensor(photo))[0]
-    opened = load_learner(tmp_path / 'a.b.pkl')
-    with opened.no_bar():
-        levels, told, _ = opened.predict(tmp_path / 'photo.png')
-    assert levels.shape == wanted.shape and int(levels.max()) > 1  # to look at: 0 to 255
-    torch.testing.assert_close(told.as_subclass(torch.Tensor), wanted)
-    again = load_model(tmp_path / 'a.b.safetensors')
-    assert again.card['recipe'] == 'gan'
-    with torch.inference_mode():
-        torch.testing.assert_close(again(to_tensor(photo))[0], wanted)
-
-
-# Training from disk
-
-
-@pytest.fixture
-def folders(tmp_path):
-    "Ten clean photos and degraded ones, and the table that says which validate."
-    for i, photo in enumerate(pieces(10)):
-        for folder, kept in (('clean', photo), ('degraded', RECIPES['image2'](photo, i))):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            kept.save(tmp_path / folder / f'{i}.png')
-    rows = '\n'.join(f'{i}.png,{i > 7}' for i in range(10))
-    (tmp_path / 'photos.csv').write_text(f'fnames,is_val\n{rows}\n')
-    return tmp_path
-
-
-QUICK = {**SMALL, 'loss': 'l1', 'sizes': (64,), 'bs': 4, 'frozen_epochs': 1, 'unfrozen_epochs': 1}
-
-
-def quick(*args, **options):
-    "Train for a second or so."
-    return train_unet(*args, **QUICK | options)
-
-
-def test_a_training_from_disk(folders):
-    degraded, table = folders / 'degraded', folders / 'photos.csv'
-    scores = quick(folders / 'clean', folders / 'mine', degraded, table, sizes=(72,), device='cpu')
-    found = [
-        peak_signal_noise_ratio(
-            *(np.asarray(Image.open(folders / side / f'{i}.png')) for side in ('clean', 'degraded'))
-        )
-        for i in (8, 9)
-    ]
-    assert scores['input'] == pytest.approx(np.mean(found), abs=0.01)
-    card = json.loads((folders / 'mine.json').read_text())
-    assert card['photos'] == 8 and card['recipe'] == 'pairs from disk' and card['loss'] == 'l1'
-    assert card['validation'] == pytest.approx(scores)
-    assert load_model(folders / 'mine.safetensors').predict(pieces(1)[0]).size == (72, 72)
-    assert not (folders / 'mine.training').exists()
-
-
-def test_a_training_by_a_recipe_with_a_table(folders):
-    quick(folders / 'clean', folders / 'mine', table=folders / 'photos.csv', recipe='gan')
-    card = json.loads((folders / 'mine.json').read_text())
-    assert card['photos'] == 8 and card['recipe'] == 'gan'
-    quick(folders / 'clean', folders / 'other')
-    assert json.loads((folders / 'other.json').read_text())['photos'] == 9
-
-
-class Stop(Callback):
-    "Ctrl-C in the n-th epoch."
-
-    order = 100
-
-    def __init__(self, n):
-        self.n = n
-
-    def after_epoch(self):
-        self.n -= 1
-        if not self.n:
-            raise KeyboardInterrupt
-
-
-def interrupted(monkeypatch, n, *args, **options):
-    "Start a training that is stopped after its n-th epoch."
-    with monkeypatch.context() as patch:
-        patch.setattr(module, 'get_unet', lambda *a, **k: get_unet(*a, **k, cbs=Stop(n)))
-        with pytest.raises(KeyboardInterrupt):
-            quick(*args, **options)
-
-
-@pytest.mark.parametrize('n', [1, 2, 3])
-def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, n):
-    "And ends with the same weights: in the first phase, between the two, and in the second size."
-    plan = {'sizes': (64, 72), 'device': 'cpu'}
-    args = folders / 'clean', folders / 'mine', folders / 'degraded', folders / 'photos.csv'
-    quick(args[0], folders / 'whole', *args[2:], **plan)
-    interrupted(monkeypatch, n, *args, **plan)
-    assert not (folders / 'mine.safetensors').exists()
-    with pytest.raises(EnhanceError, match='interrupted in .*resume') as error:
-        quick(*args, **plan)
-    one_line(error)
-    quick(*args, **plan, resume=True)
-    a, b = (load_model(folders / f'{name}.safetensors') for name in ('whole', 'mine'))
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
-
-
-def test_a_training_goes_on_only_as_it_was_begun(folders, monkeypatch):
-    args = folders / 'clean', folders / 'mine', folders / 'degraded'
-    interrupted(monkeypatch, 1, *args)
-    with pytest.raises(EnhanceError, match='begun with bs 4, not 2'):
-        quick(*args, resume=True, **{'bs': 2})
-    (folders / 'mine.training' / 'plan.json').write_text('{')
-    with pytest.raises(EnhanceError, match='plan.json'):
-        quick(*args, resume=True)
-
-
-@pytest.mark.parametrize('suffix', ['safetensors', 'json', 'pkl'])
-def test_what_is_there_is_not_overwritten(folders, suffix):
-    (folders / f'mine.{suffix}').write_bytes(b'precious')
-    with pytest.raises(EnhanceError, match=f'{suffix}. is there already'):
-        quick(folders / 'clean', folders / 'mine')
-    assert (folders / f'mine.{suffix}').read_bytes() == b'precious'
-
-
-def test_resume_without_a_beginning_begins(folders):
-    quick(folders / 'clean', folders / 'mine', resume=True)
-    assert (folders / 'mine.safetensors').exists()
-
-
-@pytest.mark.parametrize(
-    'change, words',
-    [
-        ({'loss': 'msee'}, "no loss 'msee'.*mse"),
-        ({'model_name': 'test_resnt'}, 'Did you mean test_resnet'),
-        ({'model_name': 'vit_tiny_patch16_224'}, 'can not be built'),
-        ({'recipe': 'gann'}, 'Did you mean gan'),
-        ({'sizes': (100,)}, '72×72 is smaller'),
-        ({'table': 'no_column.csv'}, 'no column is_val'),
-        ({'table': 'missing.csv'}, r'12 photos of .* are not in .*: 10.png, .*19.png, …'),
-        ({'table': 'no_valid.csv'}, 'no photo to validate with'),
-        ({'table': 'nowhere.csv'}, 'nowhere.csv'),
-        ({'degraded': 'odd'}, r'good/3.png.*Bad is 50×50 and good 72×72'),
-        ({'degraded': 'good/empty'}, 'empty'),
-    ],
-)
-def test_what_can_not_be_trained_says_so(folders, change, words):
-    (folders / 'no_column.csv').write_text('fnames\n1.png\n')
-    rows = '\n'.join(f'{i}.png,{i % 2}' for i in range(22))
-    (folders / 'missing.csv').write_text(f'fnames,is_val\n{rows}\n')
-    (folders / 'no_valid.csv').write_text('fnames,is_val\n1.png,False\n2.png,False\n')
-    (folders / 'odd').mkdir()
-    for path in (folders / 'degraded').iterdir():
-        size = (50, 50) if path.stem == '3' else (72, 72)
-        Image.open(path).resize(size).save(folders / 'odd' / path.name)
-    change = {k: folders / v if k in ('table', 'degraded') else v for k, v in change.items()}
-    with pytest.raises(EnhanceError, match=words):
-        quick(folders / 'clean', folders / 'mine', **change)
-    assert not [*folders.glob('mine.*s*')]  # neither weights nor a learner
-
-
 # What is published
-
-
-def test_an_unknown_published_model():
-    with pytest.raises(EnhanceError, match="'unet'.*unet-mse"):
-        train_published('unet', [], 'x', None)
 
 
 @both
 def test_published_weights_are_small(name):
     "At most 8 MB, in half precision."
     assert (WEIGHTS / f'{name}.safetensors').stat().st_size <= 8_000_000
-    assert the_model(name).card['task'] == PUBLISHED[name]['task'] == 'gan'
+    assert the_model(name).card['task'] == 'gan'
 
 
 def on_val(name):

@@ -5,6 +5,7 @@
 
 import html
 import os
+import re
 import shutil
 import sys
 import time
@@ -158,7 +159,8 @@ def lesson_page(lesson, nb):
     # Links from lesson to lesson lead from page to page.
     for other in lesson.path.parent.glob('*.ipynb'):
         text = text.replace(f'href="{other.name}', f'href="{page_name(other)}')
-    return text
+    # The toolbox is not run here: links lead to its notebooks.
+    return re.sub(r'href="(toolbox|applications)/', r'href="../nbs/\1/', text)
 
 
 STYLE = """

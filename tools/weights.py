@@ -1,7 +1,6 @@
 """Train the published weights again, from folders of photos, and write them with their cards."""
 
 import argparse
-import importlib
 import os
 import platform
 import sys
@@ -11,31 +10,23 @@ from statistics import mean
 
 import torch
 
-from enhance_lib.crappify import Recipe, Step
+from enhance_lib.applications.publish import PUBLISHED, train_published
 from enhance_lib.applications.scoreboard import TASKS, bench_pairs, board_row
+from enhance_lib.crappify import Recipe, Step
 from enhance_lib.measure import feature_distance, luma_psnr, psnr, radial_spectrum, ssim
-from enhance_lib.toolbox.features import feature_net
-from enhance_lib.toolbox.models import WEIGHTS
-from enhance_lib.toolbox.operations import identity_baseline
-from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.files import find_photos, open_photo
-from enhance_lib.toolbox.show import Budget
 from enhance_lib.realtime import compare_downscaling
-from enhance_lib.toolbox.models import save_weights
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.features import feature_net
+from enhance_lib.toolbox.files import find_photos, open_photo
+from enhance_lib.toolbox.models import WEIGHTS, save_weights
+from enhance_lib.toolbox.operations import identity_baseline
+from enhance_lib.toolbox.show import Budget
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 FEATURES = ROOT.parent / 'shared' / 'pretrained' / 'squeezenet1_1.pth'
-# Modules with PUBLISHED and train_published.
-LESSONS = ('srcnn', 'jpeg_restorer', 'unet', 'gan', 'realtime')
-# Clean photos, so they count twice. Those of BSDS500 were JPEG-coded by their makers.
-PHOTOS = ('photos', 'photos', 'bsds500/train', 'bsds500/test')
-
-
-def published():
-    "Which lesson trains which model: name -> module."
-    modules = [importlib.import_module(f'enhance_lib.{name}') for name in LESSONS]
-    return {name: module for module in modules for name in module.PUBLISHED}
+# Freely licensed, clean photos; those of BSDS500 are for research, and measured on.
+PHOTOS = ('photos',)
 
 
 # What a model for color JPEG is measured on: in words, and as a recipe without chance.
@@ -157,33 +148,30 @@ def scored(model, pairs, measure, outputs=None):
     }
 
 
-def train(name, module, folders, budget, home, out, workers):
+def train(name, folders, budget, home, out, workers):
     "Train one model, going on from its checkpoint, and write weights and card."
-    plan = module.PUBLISHED[name]
-    task = plan['task']
-    last = plan['game'] if 'game' in plan else plan['rounds'][-1]
-    recipe = last['recipe'] if 'recipe' in last else TASKS[task]
+    plan = PUBLISHED[name]
     photos = [p for folder in folders for p in find_photos(folder)]
-    model, history = module.train_published(name, photos, home / f'{name}.ckpt', budget, workers)
+    model, history = train_published(name, photos, home / f'{name}.ckpt', budget, workers)
     rows = [
-        board_row('input', task),
-        board_row(name, task, model.predict, sum(p.numel() for p in model.parameters())),
+        board_row('input', plan.task),
+        board_row(name, plan.task, model.predict, sum(p.numel() for p in model.parameters())),
     ]
-    model.card = {'name': name, 'task': task}
+    model.card = {'name': name, 'task': plan.task}
     card = save_weights(
         model,
         out / f'{name}.safetensors',
-        half=plan.get('half', False),
-        task=task,
-        recipe=recipe.about,
+        half=plan.half,
+        task=plan.task,
+        recipe=plan.rounds[-1].recipe.about,
         budget=budget.name,
         training={
             'photos, as often as their folder was named': {
                 '/'.join(Path(f).parts[-2:]): folders.count(f) * len(find_photos(f))
                 for f in folders
             },
-            **({'start': plan['start']} if 'start' in plan else {}),
-            'epochs': sum(row.get('epochs', 1) for row in history),
+            **({'start': plan.start} if plan.start else {}),
+            'epochs': sum(row['epochs'] for row in history),
             'validation': {k: round(v, 4) for k, v in history[-1].items()},
         },
         scores=scores_of(model),
@@ -214,20 +202,21 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     if FEATURES.is_file():
         os.environ.setdefault('ENHANCE_FEATURES', str(FEATURES))
-    known = published()
     try:
         budget = Budget(given.budget)
-        unknown = [n for n in given.models if n not in known]
+        unknown = [n for n in given.models if n not in PUBLISHED]
         if unknown:
-            raise EnhanceError(f'There is no model {unknown[0]!r}. There are: {", ".join(known)}.')
+            raise EnhanceError(
+                f'There is no model {unknown[0]!r}. There are: {", ".join(PUBLISHED)}.'
+            )
         folders = given.photos or [str(SHARED / p) for p in PHOTOS if (SHARED / p).is_dir()]
         if not folders:
             raise EnhanceError("Name a folder of photos: make weights PHOTOS='folder another'.")
         feature_net()  # what is missing is said before the training, not after it
         home = ROOT / '_weights' / budget.name
         out = given.out or (WEIGHTS if budget.name == 'full' else home)
-        for name in given.models or known:
-            train(name, known[name], folders, budget, home, out, given.workers)
+        for name in given.models or PUBLISHED:
+            train(name, folders, budget, home, out, given.workers)
     except EnhanceError as e:
         # fastai puts a line of its own before the words of a callback
         print(str(e).splitlines()[-1], file=sys.stderr)

@@ -34,6 +34,22 @@ def _measured(picture, clean, net):
     return dict(zip(MEASURES, (*values, fine_detail(picture, clean))))
 
 
+def _functions(models, device):
+    "Functions of a photo, by name, from names, paths, models or functions."
+    if not isinstance(models, dict):
+        stems = [Path(name).stem for name in models]
+        models = {  # two files of one name, in two folders, keep their whole paths
+            stem if stems.count(stem) == 1 else str(name): load_model(name)
+            for stem, name in zip(stems, models)
+        }
+    if not models:
+        raise EnhanceError('Name a model to evaluate.')
+    return {
+        name: partial(m.predict, device=device) if isinstance(m, PhotoModel) else m
+        for name, m in models.items()
+    }
+
+
 def _some_of(names, sample, seed):
     "All names, or a sample of them that depends on the seed alone."
     if sample is None or sample >= len(names):
@@ -44,82 +60,75 @@ def _some_of(names, sample, seed):
     return [names[i] for i in sorted(chosen)]
 
 
+def _from_folder(name, clean, folder, versions, size):
+    "A photo, and its degraded version from a folder."
+    if Path(name) not in versions:
+        raise EnhanceError(f"there is no photo of that name in '{folder}'.")
+    pair = open_photo(versions[Path(name)], 'RGB'), open_photo(Path(clean) / name, 'RGB')
+    return crop_pair(*pair, size) if size else pair
+
+
+def _by_recipe(name, clean, recipe, seed, size):
+    "A photo, and its degraded version by a recipe."
+    return recipe.pair(open_photo(Path(clean) / name, 'RGB'), seed, name, size)
+
+# %% ../../nbs/applications/evaluate.ipynb #4bbd05a2
 def evaluate(
     models: dict | list,  # names or paths for `load_model`; or name -> model or function of a photo
     clean: str | Path,  # folder of clean photos
-    degraded: str
-    | Path
-    | None = None,  # folder of degraded ones with the same names; None: by `recipe`
-    recipe: str | Recipe = 'gan',  # what makes the clean photos bad, by seed and name alone
+    degraded: str | Path | None = None,  # of degraded ones with the same names; None: by `recipe`
+    recipe: str | Recipe = 'gan',  # what degrades the clean photos, by seed and name alone
     seed: int = 0,  # of the recipe, and of the sample
     size: int | None = None,  # measure a crop of this side, in pixels; None: whole photos
     sample: int | None = None,  # how many photos; None: all
     net: FeatureNet | None = None,  # for the feature distance; by default `feature_net()`
     device='cpu',  # 'cpu', 'cuda', 'mps', or None for the fastest here
     progress: bool = True,  # show a progress bar
-):  # a DataFrame: a row for each photo and each picture of it, the input first
+) -> pd.DataFrame:  # a row for each photo and each picture of it, the input first
     "Measure models on a folder. Photos that fail are named in a warning. Raises `EnhanceError`."
-    import pandas as pd
-
-    if not isinstance(models, dict):
-        stems = [Path(name).stem for name in models]
-        models = {  # two files of one name, in two folders, keep their whole paths
-            stem if stems.count(stem) == 1 else str(name): load_model(name)
-            for stem, name in zip(stems, models)
-        }
-    if not models:
-        raise EnhanceError('Name a model to evaluate.')
-    models = {
-        name: partial(m.predict, device=device) if isinstance(m, PhotoModel) else m
-        for name, m in models.items()
-    }
-    recipe = get_recipe(recipe)
+    functions, net = _functions(models, device), net or feature_net()
     names = _some_of([p.relative_to(clean).as_posix() for p in find_photos(clean)], sample, seed)
-    versions = degraded_versions(clean, degraded) if degraded else {}
-    net = net or feature_net()
+    if degraded is None:
+        pair = partial(_by_recipe, clean=clean, recipe=get_recipe(recipe), seed=seed, size=size)
+    else:
+        versions = degraded_versions(clean, degraded)
+        pair = partial(_from_folder, clean=clean, folder=degraded, versions=versions, size=size)
     rows, failed = [], {}
     for name in progress_bar(names) if progress else names:
         try:
-            photo = open_photo(Path(clean) / name, 'RGB')
-            if degraded is None:
-                before, photo = recipe.pair(photo, seed, name, size)
-            else:
-                before = _degraded_version(versions, degraded, name)
-                before, photo = crop_pair(before, photo, size) if size else (before, photo)
+            before, photo = pair(name)
             pictures = {'input': identity_baseline(before, photo.size)}
-            pictures |= {model: enhance(before) for model, enhance in models.items()}
-            rows += [
-                {'photo': name, 'picture': what, **_measured(picture, photo, net)}
-                for what, picture in pictures.items()
-            ]
+            pictures |= {model: enhance(before) for model, enhance in functions.items()}
+            measured = {what: _measured(p, photo, net) for what, p in pictures.items()}
         except EnhanceError as e:
             failed[name] = f"'{name}': {e}"
-    if failed:
-        some = '\n'.join(failed.values())
-        if not rows:
-            raise EnhanceError(f'No photo could be measured.\n{some}')
-        warnings.warn(f'{len(failed)} photos could not be measured.\n{some}', EnhanceWarning, 2)
+        else:
+            rows += [{'photo': name, 'picture': what, **row} for what, row in measured.items()]
+    _tell_failed(failed, rows)
     table = pd.DataFrame(rows, columns=['photo', 'picture', *MEASURES])
     table.attrs['failed'] = list(failed)
     return table
 
 
-def _degraded_version(versions, folder, name):
-    "The degraded version of a photo."
-    if Path(name) not in versions:
-        raise EnhanceError(f"there is no photo of that name in '{folder}'.")
-    return open_photo(versions[Path(name)], 'RGB')
+def _tell_failed(failed, rows):
+    "Warn of photos that could not be measured; raise where none could."
+    some = '\n'.join(failed.values())
+    if failed and not rows:
+        raise EnhanceError(f'No photo could be measured.\n{some}')
+    if failed:
+        told = f'{len(failed)} photos could not be measured.\n{some}'
+        warnings.warn(told, EnhanceWarning, stacklevel=3)
 
 
 def evaluation_means(
-    table,  # as `evaluate` gives it
-):  # a DataFrame: a row for each kind of picture
+    table: pd.DataFrame,  # as `evaluate` gives it
+) -> pd.DataFrame:  # a row for each kind of picture
     "The mean of each measure over the photos."
     return table.groupby('picture', sort=False)[list(MEASURES)].mean()
 
 # %% ../../nbs/applications/evaluate.ipynb #c56b3e90
 def plot_evaluation(
-    table,  # as `evaluate` gives it
+    table: pd.DataFrame,  # as `evaluate` gives it
     measures: tuple = ('PSNR (dB)', 'SSIM'),  # a row of plots for each
 ):  # the figure
     "How each measure is distributed, and the output against the input for each photo."
@@ -130,23 +139,35 @@ def plot_evaluation(
     for (left, right), measure in zip(axes, measures):
         wide = table.pivot(index='photo', columns='picture', values=measure)
         wide = wide.replace(np.inf, np.nan)  # the PSNR of identical photos
-        bins = np.linspace(wide.min().min(), wide.max().max() + 1e-9, 13)
-        for picture in table['picture'].unique():
-            color = 'gray' if picture == 'input' else None
-            left.hist(wide[picture], bins, histtype='step', lw=1.5, color=color, label=picture)
-            if picture != 'input':
-                right.scatter(wide['input'], wide[picture], s=12, alpha=0.7, label=picture)
-        ends = bins[[0, -1]]
-        right.plot(ends, ends, color='gray', ls='--', lw=1, label='unchanged')
-        left.set(title=f'How {measure} is distributed', xlabel=measure, ylabel='photos')
-        right.set(title=f'{measure} of each photo', xlabel='input', ylabel='output')
-        left.legend(), right.legend()
+        wide = wide[table['picture'].unique()]  # the input first
+        _plot_distribution(left, wide, measure)
+        _plot_against_input(right, wide, measure)
     fig.tight_layout()
     return fig
 
 
+def _plot_distribution(ax, wide, measure):
+    "A histogram for each kind of picture."
+    bins = np.linspace(wide.min().min(), wide.max().max() + 1e-9, 13)
+    for picture in wide.columns:
+        color = 'gray' if picture == 'input' else None
+        ax.hist(wide[picture], bins, histtype='step', lw=1.5, color=color, label=picture)
+    ax.set(title=f'How {measure} is distributed', xlabel=measure, ylabel='photos')
+    ax.legend()
+
+
+def _plot_against_input(ax, wide, measure):
+    "A dot for each photo and model: the output against the input."
+    for picture in wide.columns.drop('input'):
+        ax.scatter(wide['input'], wide[picture], s=12, alpha=0.7, label=picture)
+    ends = [wide.min().min(), wide.max().max()]
+    ax.plot(ends, ends, color='gray', ls='--', lw=1, label='unchanged')
+    ax.set(title=f'{measure} of each photo', xlabel='input', ylabel='output')
+    ax.legend()
+
+
 def save_evaluation(
-    table,  # as `evaluate` gives it
+    table: pd.DataFrame,  # as `evaluate` gives it
     out: str | Path,  # OUT.csv: the table; OUT.png: its plots
 ):
     "Write what was measured. Raises `EnhanceError` if a file can't be written."
@@ -167,10 +188,9 @@ def model_table() -> pd.DataFrame:  # a row per published model
         card = read_card(WEIGHTS / f'{name}.json')
         where, score = next(iter(card.get('scores', {}).items()), ('', {}))
         reached = f'{where}: {score["input"]:.2f} → {score["output"]:.2f} dB' if score else ''
-        size = f'{card["parameters"] / 1e6:.2f} M'
         rows[name] = {
             'scale': card['scale'],
-            'parameters': size,
+            'parameters': f'{card["parameters"] / 1e6:.2f} M',
             'made for': card['recipe'],
             'score': reached,
         }

@@ -36,10 +36,9 @@ def plain(value):
 
 def random_states() -> dict:
     "Where the random numbers of Python, numpy and torch (CPU and GPU) stand."
-    numpy_state = np.random.get_state()
     return {
         'python': random.getstate(),
-        'numpy': plain(numpy_state),
+        'numpy': plain(np.random.get_state()),
         'torch': torch.get_rng_state(),
         'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         'mps': torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
@@ -61,7 +60,7 @@ def set_random_states(
 
 # %% ../../nbs/toolbox/checkpoints.ipynb #225e1aad
 class LoaderState:
-    "Where the random order of a `DataLoaders` stands, for a checkpoint."
+    "Where the random order of a fastai `DataLoaders` stands, for a checkpoint."
 
     def __init__(self, dls):
         self.loader = dls.train
@@ -79,7 +78,7 @@ def save_checkpoint(
     step: int,  # how far the training got
     **parts,  # model, optimizer, schedule…: whatever has a `state_dict`; or plain values
 ):
-    "Keep all that a training needs to go on, random states included. Raises `EnhanceError`."
+    "Keep all that a training needs to go on, random states included."
     states = {k: v.state_dict() if hasattr(v, 'state_dict') else v for k, v in parts.items()}
     with write_atomically(path) as temporary:
         try:

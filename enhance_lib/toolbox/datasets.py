@@ -97,13 +97,13 @@ def name_lot(
 def write_table(
     folder: str | Path,  # photos
     path: str | Path,  # the CSV file to write
-    valid: float = 0.2,  # about this share is held back, 0 to 1; if not 0, at least one photo
+    valid: float = 0.2,  # share of the validation set, 0 to 1; above 0, at least one photo
 ):  # a DataFrame, as `read_table` gives it
     "Write the table of a folder's photos, `fnames` and `is_val`. Raises `EnhanceError`."
     import pandas as pd
 
     if not 0 <= valid <= 1:
-        raise EnhanceError(f'The share to validate with is {valid}; it goes from 0 to 1.')
+        raise EnhanceError(f'A validation share of {valid} is not possible: use 0 to 1.')
     names = [p.relative_to(folder).as_posix() for p in find_photos(folder)]
     table = pd.DataFrame({'fnames': names, 'is_val': [name_lot(n) < valid for n in names]})
     if valid and not table['is_val'].any():  # few photos: hold back the one that is nearest to it
@@ -117,7 +117,7 @@ def read_table(
     path: str | Path,  # CSV with columns `fnames` and `is_val`
     folder: str | Path | None = None,  # where the photos are: all of them have to be there
 ):  # a DataFrame
-    "Read a table of photos. Raises `EnhanceError` if a column, or in the folder a photo, is missing."
+    "Read a table of photos. Raises `EnhanceError` if a column or a photo of it is missing."
     import pandas as pd
 
     try:
@@ -150,11 +150,11 @@ def make_sheet(
     clean: Image.Image,  # of any size and mode
     degraded: Image.Image,  # of the same size and mode
 ) -> Image.Image:  # twice as wide
-    "Good (left) and bad (right) in one picture. Raises `EnhanceError` if they differ in size."
+    "Clean (left) and degraded (right) in one picture. Raises `EnhanceError` if they do not fit."
     if (clean.size, clean.mode) != (degraded.size, degraded.mode):
         raise EnhanceError(
-            f'Good and bad differ: {clean.size} {clean.mode} and {degraded.size} {degraded.mode}. '
-            'A sheet needs two of a kind.'
+            f'The clean photo is {clean.size} {clean.mode}, the degraded one {degraded.size} '
+            f'{degraded.mode}. A sheet needs two of one size and mode.'
         )
     sheet = Image.new(clean.mode, (2 * clean.width, clean.height))
     sheet.info = kept_info(clean)
@@ -164,15 +164,14 @@ def make_sheet(
 
 
 def split_sheet(
-    sheet: Image.Image,  # good (left) and bad (right)
+    sheet: Image.Image,  # clean (left) and degraded (right)
 ) -> tuple[Image.Image, Image.Image]:  # clean, degraded
     "The two halves of a sheet. Raises `EnhanceError` if its width is odd."
     if sheet.width % 2:
         raise EnhanceError(f'A sheet has two equal halves, but this is {sheet.width} wide.')
-    middle = sheet.width // 2
-    return sheet.crop((0, 0, middle, sheet.height)), sheet.crop(
-        (middle, 0, sheet.width, sheet.height)
-    )
+    half = sheet.width // 2
+    clean = sheet.crop((0, 0, half, sheet.height))
+    return clean, sheet.crop((half, 0, sheet.width, sheet.height))
 
 # %% ../../nbs/toolbox/datasets.ipynb #11905da5
 @dataclass(frozen=True)
@@ -183,9 +182,7 @@ class PhotoSet:
     about: str
     url: str  # the archive to download; for a set behind a login, its page
     size: int  # of the archive, in bytes; 0 if not known
-    checksum: (
-        str | None
-    )  # 'sha256:…' or 'md5:…'; None where its makers give none: then its size is checked
+    checksum: str | None  # 'sha256:…' or 'md5:…'; None: its makers give none, the size is checked
     license: str
     cite: str
     photos: str = '.'  # the folder of photos inside the archive
@@ -257,6 +254,7 @@ DATASETS = {
 
 # %% ../../nbs/toolbox/datasets.ipynb #adc019a8
 def _megabytes(size):
+    "A size in bytes as people read it."
     return f'{size / 1e6:,.0f} MB' if size else 'not known'
 
 
@@ -276,21 +274,20 @@ def datasets_table():
 def datasets_markdown() -> str:
     "The page data/README.md: every data set with its address, license, checksum and source."
     page = [
-        '<!-- Made from DATASETS in nbs/00_photos.ipynb by `make stamp`. Change it there. -->',
+        '<!-- Made from nbs/toolbox/datasets.ipynb by `make stamp`: change it there. -->',
         '# Data',
         'The lessons run on photos that come with scikit-image and scikit-learn. For more, '
-        '`enhance_lib.photos.get_dataset(name)` downloads one of these into this folder '
+        '`enhance_lib.toolbox.datasets.get_dataset(name)` downloads one of these into this folder '
         '(or into the one that `ENHANCE_DATA` names), checks it and unpacks it. '
         'git ignores what lands here.',
     ]
     for d in DATASETS.values():
         page.append(f'## {d.name}\n\n{d.about}.')
+        checksum = 'none published; the size is checked' if d.size else 'none published'
         rows = {
             'address': f'<{d.url}>' + (' (needs a login: fetch it by hand)' if d.login else ''),
             'size': _megabytes(d.size),
-            'checksum': f'`{d.checksum}`'
-            if d.checksum
-            else 'none published' + '; the size is checked' * bool(d.size),
+            'checksum': f'`{d.checksum}`' if d.checksum else checksum,
             'license': d.license,
             'cite': d.cite,
             'photos in': f'`{d.name}/{d.photos}`' if d.photos != '.' else f'`{d.name}`',
@@ -356,7 +353,7 @@ def _unpack(archive, folder, row):
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(e, OSError) and e.errno:  # such as a full disk: the archive is good
             raise
-        archive.unlink()  # or else it would be taken for a clean one the next time
+        archive.unlink()  # or else it would be taken for a good one the next time
         raise EnhanceError(f'{row.name}: what {row.url} gave could not be unpacked ({e}).') from e
     archive.unlink()
 

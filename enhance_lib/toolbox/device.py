@@ -29,7 +29,7 @@ def pick_device(
         raise EnhanceError(f'There is no device {name!r} here. There are: {there}.') from e
     return device
 
-
+# %% ../../nbs/toolbox/device.ipynb #b61d9bbf
 def half_dtype(
     device: torch.device,  # as `pick_device` gives it
 ) -> torch.dtype | None:  # None: stay in float32
@@ -50,12 +50,12 @@ def autocast(
     enabled: bool = True,  # False: stay in float32
 ):  # a context manager
     "Compute in `half_dtype` inside a `with`, where the device has one."
-    if not enabled:  # also inside of another `with`
+    if not enabled:  # also inside another `with`
         return torch.autocast(device.type, enabled=False)
     dtype = half_dtype(device)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
-
+# %% ../../nbs/toolbox/device.ipynb #1ba18a85
 def layout(
     device: torch.device,  # as `pick_device` gives it
 ) -> torch.memory_format:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from fastcore.basics import chunked
 from fastprogress import progress_bar
@@ -84,18 +85,27 @@ def _in_processes(work, tasks, n_workers):
             pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/toolbox/folders.ipynb #bb9d8cf7
+class _Row(NamedTuple):
+    "A row of the log."
+
+    fnames: str  # name of the file
+    job: str  # what was to be done for it, as JSON
+    error: str  # why that failed; empty where it did not
+
+
 def _logged(log):
-    "Yield name, job and error of each row that an earlier run wrote; nothing if there was none."
+    "Yield the rows that an earlier run wrote; nothing if there was none."
     if not log.exists():
         return
     try:
         with log.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
             table = csv.reader(file)
-            if next(table, None) != ['fnames', 'job', 'error']:
+            if next(table, None) != list(_Row._fields):
                 raise ValueError
             for row in table:
-                name, job, error = row  # a row of another length is not ours
-                yield row
+                if len(row) != len(_Row._fields):
+                    raise ValueError
+                yield _Row(*row)
     except (csv.Error, ValueError):
         raise EnhanceError(
             f"'{log}' was there before, not made by this command. "
@@ -109,25 +119,48 @@ def _write_log(log, sources, job, errors):
     with write_atomically(log) as part:
         with part.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             rows = csv.writer(file)
-            rows.writerow(['fnames', 'job', 'error'])
-            rows.writerows((t, json.dumps(job(t)), errors.get(t, '')) for t in sources)
-            # what is still there of a photo that is not any more, or of another format, stays ours
-            others = (row for row in _logged(log) if row[0] not in sources)
-            rows.writerows(row for row in others if (log.parent / row[0]).exists())
+            rows.writerow(_Row._fields)
+            rows.writerows(_Row(n, json.dumps(job(n)), errors.get(n, '')) for n in sources)
+            # a photo that is gone, or was saved in another format, left a file that is still ours
+            others = (row for row in _logged(log) if row.fnames not in sources)
+            rows.writerows(row for row in others if (log.parent / row.fnames).exists())
+
+# %% ../../nbs/toolbox/folders.ipynb #50112e75
+class _Found(NamedTuple):
+    "Names of this run whose file is in an output folder already, by who made it."
+
+    kept: set  # an earlier run, and it would be made in the same way now
+    outdated: list  # an earlier run, by another job
+    foreign: list  # somebody else
 
 
-def _still_good(folder, log, sources, job):
-    "The names whose file in `folder` an earlier run made as it would be made now; and the others."
-    rows = ((n, j) for n, j, error in _logged(log) if n in sources and not error)
-    ours = {name: j == json.dumps(job(name)) for name, j in rows}
-    there = [name for name in sources if (folder / name).exists()]
-    foreign = [name for name in there if name not in ours]
-    if foreign:
+def _find(folder, log, sources, job):
+    "Sort what is in an output folder: `_Found`."
+    ours = {  # name -> would the same be done now?
+        row.fnames: row.job == json.dumps(job(row.fnames))
+        for row in _logged(log)
+        if row.fnames in sources and not row.error  # a row with an error owns no file
+    }
+    found = _Found(set(), [], [])
+    for name in sources:
+        if not (folder / name).exists():
+            continue
+        if name not in ours:
+            found.foreign.append(name)
+        elif ours[name]:
+            found.kept.add(name)
+        else:
+            found.outdated.append(name)
+    return found
+
+
+def _check_foreign(folder, names):
+    "That no file of somebody else lies where a result goes."
+    if names:
         raise EnhanceError(
-            f"'{folder / foreign[0]}' was there before, not made by this command ({len(foreign)} "
+            f"'{folder / names[0]}' was there before, not made by this command ({len(names)} "
             'photos in all). Choose another folder, so that none is lost.'
         )
-    return {n for n in there if ours[n]}, [n for n in there if not ours[n]]
 
 
 def _check_sources(sources, folders):
@@ -140,6 +173,33 @@ def _check_sources(sources, folders):
                 raise EnhanceError(f"'{path}' would be overwritten. Choose another folder.")
 
 # %% ../../nbs/toolbox/folders.ipynb #ac70d6c3
+def _prepare(sources, folders, log, job):
+    "Check the output folders and clear them of what is outdated; return the names that are done."
+    _check_sources(sources, folders)
+    found = {folder: _find(folder, folder / log, sources, job) for folder in folders}
+    for folder, there in found.items():  # all checks come before the first change
+        _check_foreign(folder, there.foreign)
+    for folder, there in found.items():
+        for part in folder.rglob('.enhance-*.part'):
+            part.unlink(missing_ok=True)  # of a killed run
+        # before the log says otherwise: a run that is killed now leaves them missing, not wrong
+        for name in there.outdated:
+            (folder / name).unlink()
+    return set.intersection(*(there.kept for there in found.values()))
+
+
+def _failures(results, folders):
+    "Collect the errors of a run, given as (name, None or a sentence): name -> sentence."
+    failed = {}
+    for name, error in results:
+        if error:
+            failed[name] = error
+            for folder in folders:  # half of a pair; a row with an error owns no file
+                with suppress(OSError):
+                    (folder / name).unlink(missing_ok=True)
+    return failed
+
+
 def run_folder(
     work: Callable,  # function(source, targets, job): make a file in each output folder
     sources: dict,  # name in the output folders -> path of the photo to make it from
@@ -149,42 +209,25 @@ def run_folder(
     n_workers: int | None = None,  # processes; by default one per core
     progress: bool = True,  # show a progress bar
 ) -> FolderReport:
-    "Do what is not done yet, on all cores; may be killed and started again. Raises `EnhanceError`."
+    "Do what is not done yet, on all cores; may be killed and started again."
     if n_workers is not None and n_workers < 1:
         raise EnhanceError(f'{n_workers} workers are not possible: 1 or more.')
-    logs = [folder / log for folder in folders]
     try:
-        _check_sources(sources, folders)
-        found = [_still_good(f, log, sources, job) for f, log in zip(folders, logs)]
-        for folder, (_, outdated) in zip(folders, found):
-            for part in folder.rglob('.enhance-*.part'):
-                part.unlink(missing_ok=True)  # of a killed run
-            # made by another recipe or seed: it goes before the log says otherwise, so that being
-            # killed in between leaves it missing, not wrong
-            for name in outdated:
-                (folder / name).unlink()
+        done = _prepare(sources, folders, log, job)
     except OSError as e:
         raise EnhanceError(f"'{e.filename}' can not be used: {e.strerror}.") from e
-    done = set.intersection(*(clean for clean, _ in found))
-    for path in logs:
-        _write_log(path, sources, job, {})
+    for folder in folders:
+        _write_log(folder / log, sources, job, {})
     todo = [name for name in sources if name not in done]
     tasks = ((sources[name], [f / name for f in folders], job(name)) for name in todo)
     n_workers = min(n_workers or os.cpu_count() or 1, 61)  # Windows can wait for no more
-    errors = _in_processes(work, tasks, n_workers)
-    results = zip(todo, errors)
+    results = zip(todo, _in_processes(work, tasks, n_workers))
     if progress and todo:
         results = progress_bar(results, total=len(todo))
-    failed = {}
-    for name, error in results:
-        if error:
-            failed[name] = error
-            for folder in folders:  # half of a pair; a row with an error owns no file
-                with suppress(OSError):
-                    (folder / name).unlink(missing_ok=True)
+    failed = _failures(results, folders)
     if failed:
-        for path in logs:
-            _write_log(path, sources, job, failed)
+        for folder in folders:
+            _write_log(folder / log, sources, job, failed)
     return FolderReport(len(todo) - len(failed), len(done), failed)
 
 # %% ../../nbs/toolbox/folders.ipynb #7e1b672a
@@ -217,8 +260,12 @@ def output_names(
     if suffix not in SUFFIXES:
         raise EnhanceError(f'There is no format {format!r}. {nearest_names(suffix, SUFFIXES)}')
     short = {name: Path(name).with_suffix(suffix).as_posix() for name in photos}
-    # casefold: many disks take Cat.png and cat.png for the same file
-    uses, long = Counter(n.casefold() for n in short.values()), {name + suffix for name in photos}
-    # cat.jpg and cat.png would both become cat.png: these keep their whole name
-    alone = {n for n in photos if uses[short[n].casefold()] == 1 and short[n] not in long}
-    return {short[n] if n in alone else n + suffix: photo for n, photo in photos.items()}
+    long = {name: name + suffix for name in photos}
+    # many disks take Cat.png and cat.png for the same file: casefold
+    uses = Counter(name.casefold() for name in short.values())
+    taken = set(long.values())
+    names = {}
+    for name, photo in photos.items():
+        clash = uses[short[name].casefold()] > 1 or short[name] in taken
+        names[long[name] if clash else short[name]] = photo
+    return names

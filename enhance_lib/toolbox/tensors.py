@@ -44,8 +44,11 @@ def _count_bad(x):
     return f'{int((~x.isfinite()).sum()):,} NaN or infinite of {x.numel():,} values'
 
 # %% ../../nbs/toolbox/tensors.ipynb #e480cebe
-def as_batches(prediction, target):
-    "Two batches (N, C, H, W) in [0, 1] from two photos or two batches, checked."
+def as_batches(
+    prediction,  # a photo, or a batch (N, C, H, W) in [0, 1], C 1 or 3
+    target,  # of the same kind, size and mode
+) -> tuple[torch.Tensor, torch.Tensor]:  # two batches in float32
+    "Two batches from two photos or two batches. Raises `EnhanceError` if they don't fit together."
     photos = [isinstance(x, Image.Image) for x in (prediction, target)]
     if all(photos):
         if (prediction.size, prediction.mode) != (target.size, target.mode):
@@ -92,14 +95,20 @@ def _check_range(name, x):
             f'It looks like {likely}.'
         )
 
-# %% ../../nbs/toolbox/tensors.ipynb #08e9d198
-def per_picture(values, given):
-    "A number for photos, a tensor of one number per picture for a batch."
+
+def per_picture(
+    values: torch.Tensor,  # (N,): a number for each picture
+    given,  # what was measured: a photo or a batch
+):
+    "A number for a photo, a tensor of one number per picture for a batch."
     return float(values[0]) if isinstance(given, Image.Image) else values
 
 # %% ../../nbs/toolbox/tensors.ipynb #781602a5
-def check_prediction(prediction, target):
-    "That two batches can be compared; what an untrained network predicts may be far off, or NaN."
+def check_prediction(
+    prediction: torch.Tensor,  # (N, C, H, W), as a network gives it
+    target: torch.Tensor,  # the same shape, in [0, 1]
+):
+    "Raise `EnhanceError` if a loss of the two makes no sense."
     check_batches(prediction, target)
     furthest = float(prediction.detach().abs().max())
     if furthest > 20:

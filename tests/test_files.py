@@ -1,8 +1,9 @@
-"""Photos of every kind, clean and degraded, through `enhance_lib.photos`: what lessons don't show."""
+"""Photo files of every kind, good and bad: what the notebook on `toolbox.files` leaves out."""
 
 import io
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -11,55 +12,33 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+from common import BANDS, assert_same, encoded, noise, pixels, refused, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
-from enhance_lib.toolbox.datasets import (
-    SAMPLES,
-    make_sheet,
-    name_lot,
-    read_table,
-    sample_photo,
-    sample_photos,
-    split_sheet,
-    write_table,
-)
+from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError, EnhanceWarning
 from enhance_lib.toolbox.files import (
     FORMATS,
     SUFFIXES,
+    as_photo,
+    buffered,
+    encode_pixels,
     find_photos,
     open_photo,
+    open_pixels,
     save_photo,
+    save_pixels,
     write_atomically,
 )
-from enhance_lib.toolbox.show import Budget, check, upload_button, uploaded_photo
-from enhance_lib.toolbox.tiles import cut_tiles, join_tiles, tile_boxes
 
 ORIENTATION = 0x112  # the number of the EXIF tag
-BANDS = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4}
-few = settings(max_examples=60, deadline=None)
-
-
-def noise(size=(20, 14), mode='RGB', seed=0):
-    "A photo of random pixels: nothing about it can be right by luck."
-    shape = (size[1], size[0], BANDS[mode])
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(pixels[..., 0] if mode == 'L' else pixels, mode)
-
-
-def encoded(image, format, **options):
-    "The bytes of the file that Pillow makes of an image."
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def png(width, height, depth, color, rows, **chunks):
@@ -117,39 +96,6 @@ def srgb_profile():
     return ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 
 
-def pixels(image):
-    return np.asarray(image).tolist()
-
-
-def assert_same(one, other):
-    assert (one.mode, one.size) == (other.mode, other.size)
-    assert np.array_equal(np.asarray(one), np.asarray(other))
-
-
-def refused(*words):
-    "A context where a `EnhanceError` of one line is raised, which holds all the words."
-
-    @contextmanager
-    def context():
-        with pytest.raises(EnhanceError) as caught:
-            yield caught
-        message = str(caught.value)
-        assert isinstance(caught.value, ValueError)
-        assert '\n' not in message and ' at 0x' not in message
-        for word in words:
-            assert word in message
-
-    return context()
-
-
-@contextmanager
-def silent():
-    "No warning at all may come."
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        yield
-
-
 @contextmanager
 def as_nobody():
     "Without root's right to read and write everything."
@@ -179,7 +125,7 @@ def lent():
     shutil.rmtree(folder)
 
 
-# --- what can be opened ---------------------------------------------------------------------
+# --- what can be opened ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', [str, Path, open])
@@ -204,8 +150,11 @@ def test_file_opened_as_text(tmp_path, encoding):
     "In UTF-8 reading fails by itself, in Latin-1 it gives letters: one sentence for both."
     path = tmp_path / 'a.jpg'
     noise().save(path)
-    with open(path, encoding=encoding) as file, refused('a.jpg', 'opened as text', "'rb'"):
-        open_photo(file)
+    for call in open_photo, open_pixels, buffered:
+        with open(path, encoding=encoding) as file, refused('a.jpg', 'opened as text', "'rb'"):
+            call(file)
+        with open(path, encoding=encoding) as file, refused("'mine'", 'opened as text'):
+            call(file, name='mine')
 
 
 def test_open_image_leaves_it_alone():
@@ -244,6 +193,7 @@ def test_unknown_mode(mode):
 
 # red, green, blue and yellow in the corners of the upright photo, which is 32×48
 CORNERS = {'R': (255, 0, 0), 'G': (0, 255, 0), 'B': (0, 0, 255), 'Y': (255, 255, 0)}
+
 # The corners of the stored photo, from the table of the tag in the EXIF standard: orientation 6
 # means that row 0 is the right side and column 0 is the top, so top left is green, and so on.
 STORED = {1: 'RGBY', 2: 'GRYB', 3: 'YBGR', 4: 'BYRG', 5: 'RBGY', 6: 'GYRB', 7: 'YGBR', 8: 'BRYG'}
@@ -346,7 +296,7 @@ def test_exif_too_long_for_jpeg(tmp_path):
     assert open_photo(path).size == photo.size
 
 
-# --- kinds of pixels ------------------------------------------------------------------------
+# --- kinds of pixels -------------------------------------------------------------------------
 
 
 def test_gray_and_black_and_white():
@@ -418,6 +368,7 @@ def test_alpha_can_be_asked_for():
 
 
 DEEP = [0, 257 * 1, 257 * 100, 257 * 254, 65535]
+
 SHALLOW = [0, 1, 100, 254, 255]
 
 
@@ -524,10 +475,11 @@ def test_first_frame_of_an_animation(tmp_path):
         lossless = {'lossless': True} if format == 'WEBP' else {}
         frames[0].save(path, format, save_all=True, append_images=frames[1:], **lossless)
         with pytest.warns(EnhanceWarning, match=rf'a\.{suffix}.* 3 frames') as caught:
-            photo = open_photo(path)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__  # it points at who asked for the photo
+            photo, (array, _) = open_photo(path), open_pixels(path)
+        assert len(caught) == 2
+        assert {w.filename for w in caught} == {__file__}  # they point at who asked for the photo
         assert_same(photo, frames[0])
+        assert_same(open_photo(as_photo(array)), frames[0])
 
 
 def test_phone_previews_are_not_frames(tmp_path):
@@ -538,7 +490,7 @@ def test_phone_previews_are_not_frames(tmp_path):
     assert np.allclose(np.asarray(photo, int), np.asarray(Image.open(path).convert('RGB')), atol=1)
 
 
-# --- color profiles ------------------------------------------------------------------------
+# --- color profiles --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.avif'])
@@ -570,7 +522,7 @@ def test_resolution_is_kept(tmp_path):
         assert saved.info['dpi'] == (300, 300)
 
 
-# --- saving ---------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------
 
 STARTS = {  # how the files start, from the formats' own standards
     **dict.fromkeys(['.jpg', '.jpeg', '.jpe', '.jfif'], b'\xff\xd8\xff'),
@@ -581,6 +533,7 @@ STARTS = {  # how the files start, from the formats' own standards
     '.gif': b'GIF8',
     '.webp': b'RIFF',
 }
+
 LOSSLESS = ['.png', '.apng', '.tif', '.bmp', '.ppm']
 
 
@@ -604,7 +557,7 @@ def test_lossless(tmp_path, suffix):
             assert_same(open_photo(save_photo(photo, tmp_path / f'a{suffix}'), None), photo)
 
 
-@few
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(['.png', '.tif']),
     st.sampled_from(list(BANDS)),
@@ -743,7 +696,7 @@ def test_killed_in_mid_write(tmp_path):
     old = path.read_bytes()
     code = (
         'import sys, time\n'
-        'from enhance_lib.photos import write_atomically\n'
+        'from enhance_lib.toolbox.files import write_atomically\n'
         'with write_atomically(sys.argv[1]) as temporary:\n'
         "    temporary.write_bytes(b'half')\n"
         "    print('half', flush=True)\n"
@@ -778,8 +731,6 @@ def test_names_that_are_not_unicode(tmp_path):
     save_photo(noise(), path)
     assert_same(open_photo(path), noise())
     assert find_photos(tmp_path) == [path]
-    write_table(tmp_path, tmp_path / 'table.csv')
-    assert read_table(tmp_path / 'table.csv', tmp_path)['fnames'].tolist() == [path.name]
 
 
 def test_impossible_names(tmp_path):
@@ -788,7 +739,7 @@ def test_impossible_names(tmp_path):
             call(tmp_path / 'nul\0byte.png')
 
 
-# --- bad input ------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -959,8 +910,6 @@ def test_extreme_shapes(tmp_path, size):
         assert_same(open_photo(save_photo(photo, tmp_path / f'a{suffix}')), photo)
     for suffix in '.jpg', '.webp', '.gif':
         assert open_photo(save_photo(photo, tmp_path / f'a{suffix}')).size == size
-    assert_same(join_tiles(cut_tiles(photo)), photo)
-    assert_same(split_sheet(make_sheet(photo, photo))[1], photo)
 
 
 def test_no_permission_to_read(lent):
@@ -998,7 +947,7 @@ def test_no_permission_to_look(lent):
                 find_photos(folder)
 
 
-# --- finding --------------------------------------------------------------------------------
+# --- finding ---------------------------------------------------------------------------------
 
 
 def test_find_photos(tmp_path):
@@ -1029,316 +978,184 @@ def test_nothing_to_find(tmp_path):
         find_photos(path)
 
 
-# --- tables ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path):
-    "Twelve empty files by the names of photos."
-    home = tmp_path / 'photos'
-    (home / 'sub').mkdir(parents=True)
-    for i in range(12):
-        (home / ('sub' if i % 3 == 0 else '.') / f'{i:02}.jpg').touch()
-    return home
-
-
-def test_name_lot():
-    "The first as coreutils says: printf a.jpg | b2sum -l 64."
-    assert name_lot('a.jpg') == 0xFE47F0026E12A789 / 2**64
-    lots = np.array([name_lot(f'{i}.jpg') for i in range(10_000)])
-    assert 0 <= lots.min() and lots.max() < 1
-    share = np.histogram(lots, 10, (0, 1))[0] / 1000
-    assert np.abs(share - 1).max() < 0.12  # four standard deviations
-    neighbors = np.corrcoef(lots[:-1], lots[1:])[0, 1]
-    assert abs(neighbors) < 0.05
-
-
-def test_table(tmp_path, folder):
-    table = write_table(folder, tmp_path / 'out' / 'table.csv', 0.25)
-    assert list(table) == ['fnames', 'is_val']
-    assert table['fnames'].tolist() == [
-        p.relative_to(folder).as_posix() for p in find_photos(folder)
-    ]
-    again = read_table(tmp_path / 'out' / 'table.csv', folder)
-    assert again['is_val'].dtype == bool
-    assert again.equals(table)
-    lines = (tmp_path / 'out' / 'table.csv').read_text().splitlines()
-    assert lines[0] == 'fnames,is_val' and len(lines) == 13
-    # each photo's lot decides, and nothing else
-    assert table['is_val'].tolist() == [name_lot(n) < 0.25 for n in table['fnames']]
-
-
-@pytest.mark.parametrize('valid, count', [(0, 0), (0.001, 1), (1, 12)])
-def test_share(tmp_path, folder, valid, count):
-    assert write_table(folder, tmp_path / 'table.csv', valid)['is_val'].sum() == count
-
-
-def test_share_is_about_what_was_asked(tmp_path):
-    for i in range(400):
-        (tmp_path / f'{i}.jpg').touch()
-    table = write_table(tmp_path, tmp_path / 'table.csv', 0.2)
-    assert abs(table['is_val'].mean() - 0.2) < 0.08  # four standard deviations
-
-
-@pytest.mark.parametrize('valid', [-0.1, 1.1, 20, float('nan')])
-def test_impossible_share(tmp_path, folder, valid):
-    with refused(str(valid), '0 to 1'):
-        write_table(folder, tmp_path / 'table.csv', valid)
-    assert not (tmp_path / 'table.csv').exists()
-
-
-@pytest.mark.parametrize('valid', [0.1, 0.2, 0.5, 0.75])
-def test_split_is_stable(tmp_path, valid):
-    "A photo that was trained on is never validated with, however many are added."
-    before = {}
-    for i in np.random.default_rng(0).permutation(30):
-        (tmp_path / f'photo {i}.jpg').touch()
-        table = write_table(tmp_path, tmp_path / 'table.csv', valid)
-        after = dict(zip(table['fnames'], table['is_val']))
-        assert len(after) == len(before) + 1
-        assert not [name for name, held_back in before.items() if after[name] and not held_back]
-        before = after
-
-
-@pytest.mark.parametrize(
-    'text, words',
-    [
-        ('fnames\na.jpg\n', ['no column is_val']),
-        ('name,val\na.jpg,True\n', ['no column fnames and no column is_val']),
-        ('fnames,is_val\na.jpg,perhaps\n', ['column is_val', 'True and False']),
-        ('fnames,is_val\na.jpg,2\n', ['column is_val']),
-        ('fnames,is_val\na.jpg,\nb.jpg,True\n', ['column is_val']),
-        ('', ['not a CSV table']),
-        ('fnames,is_val\na.jpg,True\nb,c,d,e\n', ['not a CSV table']),
-        (b'\xff\xfe\0\x01', []),
-        ('fnames,is_val\n,True\n', ['fnames']),
-    ],
-)
-def test_bad_table(tmp_path, folder, text, words):
-    path = tmp_path / 'table.csv'
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with refused('table.csv', *words):
-        read_table(path, folder)
-
-
-def test_a_table_is_text_whatever_its_name(tmp_path, folder):
-    path = tmp_path / 'table.csv.gz'
-    table = write_table(folder, path)
-    assert read_table(path, folder).equals(table)
-
-
-@pytest.mark.parametrize('yes, no', [('True', 'False'), ('true', 'FALSE'), ('1', '0')])
-def test_ways_to_say_yes(tmp_path, yes, no):
-    (tmp_path / 't.csv').write_text(f'fnames,is_val\n007,{yes}\nb.jpg,{no}\n')
-    table = read_table(tmp_path / 't.csv')
-    assert table['is_val'].tolist() == [True, False]
-    assert table['fnames'].tolist() == ['007', 'b.jpg']  # names, not numbers
-
-
-def test_table_that_is_not_there(tmp_path):
-    with refused('no table', 'gone.csv'):
-        read_table(tmp_path / 'gone.csv')
-    with refused(str(tmp_path)):
-        read_table(tmp_path)
-
-
-def test_missing_photos_are_listed(tmp_path, folder):
-    path = tmp_path / 'table.csv'
-    write_table(folder, path)
-    (folder / '01.jpg').unlink()
-    with refused('1 photo', '01.jpg', 'table.csv', str(folder)) as caught:
-        read_table(path, folder)
-    assert '…' not in str(caught.value)
-    assert len(read_table(path)) == 12  # without a folder nothing is looked for
-    shutil.rmtree(folder)
-    with refused('12 photos', '…') as caught:
-        read_table(path, folder)
-    assert str(caught.value).count('.jpg') == 10
-
-
-# --- tiles and sheets -----------------------------------------------------------------------
-
-sizes = st.tuples(st.integers(1, 90), st.integers(1, 90))
-# steps of at least 8 pixels, or else 90×90 pixels give 8,000 tiles; small steps come further down
-cuts = st.integers(8, 100).flatmap(lambda t: st.tuples(st.just(t), st.integers(0, t - 8)))
-fine_cuts = st.integers(1, 100).flatmap(lambda t: st.tuples(st.just(t), st.integers(0, t - 1)))
-
-
-@few
-@given(sizes, st.sampled_from(list(BANDS)), cuts, st.integers(0, 99))
-def test_tiles_round_trip(size, mode, cut, seed):
-    photo = noise(size, mode, seed)
-    tiles = cut_tiles(photo, *cut)
-    assert_same(join_tiles(tiles, cut[1]), photo)
-    assert_same(join_tiles(tiles[::-1]), photo)  # in any order, with any fading
-
-
-@few
-@given(st.tuples(st.integers(1, 24), st.integers(1, 24)), st.sampled_from(list(BANDS)), fine_cuts)
-def test_tiles_round_trip_in_small_steps(size, mode, cut):
-    photo = noise(size, mode)
-    assert_same(join_tiles(cut_tiles(photo, *cut), cut[1]), photo)
-
-
-@few
-@given(sizes, cuts)
-def test_tile_boxes(size, cut):
-    (width, height), (tile, overlap) = size, cut
-    boxes = tile_boxes(width, height, tile, overlap)
-    covered = np.zeros((height, width), bool)
-    for left, top, right, bottom in boxes:
-        assert 0 <= left and right <= width and 0 <= top and bottom <= height
-        assert (right - left, bottom - top) == (min(tile, width), min(tile, height))
-        covered[top:bottom, left:right] = True
-    assert covered.all()
-    assert boxes == sorted(boxes, key=lambda box: (box[1], box[0]))  # row by row
-    assert len(set(boxes)) == len(boxes)
-    for low, high in (0, 2), (1, 3):
-        starts = sorted({(box[low], box[high]) for box in boxes})
-        for (_, end), (start, _) in zip(starts, starts[1:]):
-            assert end - start >= overlap
-
-
-def test_tile_boxes_by_hand():
-    assert tile_boxes(10, 4, 4, 0) == [(0, 0, 4, 4), (4, 0, 8, 4), (6, 0, 10, 4)]
-    assert tile_boxes(10, 3, 4, 1) == [(0, 0, 4, 3), (3, 0, 7, 3), (6, 0, 10, 3)]
-    assert tile_boxes(4, 4, 4, 3) == [(0, 0, 4, 4)]
-
-
-@pytest.mark.parametrize('tile, overlap', [(0, 0), (-1, 0), (8, 8), (8, -1), (8, 9)])
-def test_impossible_tiles(tile, overlap):
-    with refused(str(overlap if tile > 0 else tile)):
-        tile_boxes(10, 10, tile, overlap)
-
-
-def test_fading_by_hand():
-    "Black left, white right, two pixels in common: white weighs 1/3 in the first, 2/3 in the next."
-    black, white = Image.new('L', (5, 1), 0), Image.new('L', (5, 1), 255)
-    joined = join_tiles([((0, 0, 5, 1), black), ((3, 0, 8, 1), white)], overlap=2)
-    assert pixels(joined) == [[0, 0, 0, 85, 170, 255, 255, 255]]
-
-
-def test_tiles_that_do_not_fit():
-    tiles = cut_tiles(noise((20, 14)), 8, 2)
-    for missing in 1, 3:  # the last ones would only make the photo smaller
-        with refused('missing'):
-            join_tiles(tiles[:missing] + tiles[missing + 1 :])
-    with refused('no tiles'):
-        join_tiles([])
-    with refused('8×8', '16×16'):  # boxes of the photo, tiles of its enlargement
-        join_tiles([(box, tile.resize((16, 16))) for box, tile in tiles])
-
-
-@few
-@given(sizes, st.sampled_from(list(BANDS)))
-def test_sheet_round_trip(size, mode):
-    clean, degraded = noise(size, mode), noise(size, mode, 1)
-    sheet = make_sheet(clean, degraded)
-    assert sheet.size == (2 * size[0], size[1])
-    assert np.array_equal(np.asarray(sheet), np.concatenate([clean, degraded], 1))
-    for half, photo in zip(split_sheet(sheet), (clean, degraded)):
-        assert_same(half, photo)
-
-
-def test_bad_sheets():
-    with refused('(20, 14)', '(20, 15)'):
-        make_sheet(noise(), noise((20, 15)))
-    with refused('RGB', 'L'):
-        make_sheet(noise(), noise(mode='L'))
-    with refused('21'):
-        split_sheet(noise((21, 3)))
-
-
-# --- the rest -------------------------------------------------------------------------------
-
-
-def test_budget(monkeypatch):
-    monkeypatch.delenv('ENHANCE_BUDGET', raising=False)
-    assert Budget().name == 'lesson'
-    monkeypatch.setenv('ENHANCE_BUDGET', '')
-    assert Budget().name == 'lesson'
-    monkeypatch.setenv('ENHANCE_BUDGET', 'smoke')
-    assert Budget()(1, 2, 3) == 1
-    assert repr(Budget()) == "Budget('smoke')"
-    assert [Budget(name)(1, 2, 3) for name in ('smoke', 'lesson', 'full')] == [1, 2, 3]
-    monkeypatch.setenv('ENHANCE_BUDGET', 'huge')
-    with refused("'huge'", 'smoke, lesson, full'):
-        Budget()
-    assert Budget('full').name == 'full'
-
-
-@pytest.mark.parametrize('name', SAMPLES)
-def test_samples(name):
-    photo = sample_photo(name)
-    assert photo.mode == 'RGB'
-    assert min(photo.size) >= 256
-    assert np.asarray(photo).std() > 5  # a picture, and not a blank
-    assert SAMPLES[name].split in ('train', 'held-out') and SAMPLES[name].license
-
-
-def test_split_of_the_samples():
-    "By photo, so that nothing a network learned from is ever in its score."
-    held_out = sample_photos('held-out')
-    assert list(held_out) == ['cat', 'coffee', 'china']
-    train = [name for name, sample in SAMPLES.items() if sample.split == 'train']
-    assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == len(SAMPLES)
-    assert len({s.load for s in SAMPLES.values()}) == len(SAMPLES)
-    with refused("'validation'", 'held-out'):
-        sample_photos('validation')
-    with refused("'dog'", 'cat'):
-        sample_photo('dog')
-
-
-def test_uploaded_photo():
-    data, other = encoded(noise(), 'PNG'), noise(seed=1)
-    seven = SimpleNamespace(value={'a.png': {'metadata': {}, 'content': data}})
-    eight = SimpleNamespace(value=({'name': 'a.png', 'content': memoryview(data)},))
-    for button in seven, eight:
-        assert_same(uploaded_photo(button, other), noise())
-        assert uploaded_photo(button, other, 'L').mode == 'L'
-    for nothing in {}, (), None:
-        assert uploaded_photo(SimpleNamespace(value=nothing), other) is other
-    with refused("'diary.jpg'"):
-        text = {'name': 'diary.jpg', 'content': memoryview(b'Dear diary')}
-        uploaded_photo(SimpleNamespace(value=(text,)), other)
-
-
-def test_upload_button():
-    button = upload_button()
-    assert button.accept == 'image/*' and not button.multiple
-    assert uploaded_photo(button, 'nothing yet') == 'nothing yet'
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    "The Markdown that is displayed."
-    texts = []
-    monkeypatch.setattr('IPython.display.display', lambda markdown: texts.append(markdown.data))
-    return texts
-
-
-def test_check(shown):
-    def wrong():
-        assert 1 + 1 == 3, 'count again'
-
-    def no_hint():
-        raise AssertionError
-
-    def broken():
-        raise KeyError('y')
-
-    assert check(lambda: None) is True
-    assert [check(f) for f in (wrong, no_hint, broken)] == [False] * 3
-    assert 'Right' in shown[0] and 'Not yet' not in shown[0]
-    assert 'count again' in shown[1]
-    assert 'not right yet' in shown[2]
-    assert 'KeyError' in shown[3] and 'y' in shown[3]
-    assert all('Not yet' in text for text in shown[1:])
-
-
-def test_profile_outlives_tiles_and_sheets():
-    photo = noise((40, 30))
-    photo.info = {'icc_profile': b'a profile'}
-    assert join_tiles(cut_tiles(photo, 16, 4), 4).info == {'icc_profile': b'a profile'}
-    assert make_sheet(photo, photo).info == {'icc_profile': b'a profile'}
+# --- sixteen bits ----------------------------------------------------------------------------
+
+
+def array(height, width, n_channels, dtype=np.uint8, seed=0):
+    "Random pixels."
+    top = np.iinfo(dtype).max
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, top, (height, width, n_channels), dtype, endpoint=True)
+
+
+@pytest.mark.parametrize('n_channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_sixteen_bits_survive_a_file(tmp_path, n_channels, suffix):
+    pixels = array(13, 17, n_channels, np.uint16)
+    path = save_pixels(pixels, tmp_path / f'a.{suffix}')
+    again, _ = open_pixels(path)
+    expected = pixels[..., [0, 0, 0, 1]] if (suffix, n_channels) == ('tif', 2) else pixels
+    assert again.dtype == np.uint16 and (again == expected).all()
+
+
+def test_a_packed_tiff_keeps_its_16_bits(tmp_path):
+    "As programs for photos write it."
+    pixels = array(20, 30, 3, np.uint16)
+    for compression in ('lzw', 'zlib'):
+        tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', compression=compression)
+        assert (open_pixels(tmp_path / 'a.tif')[0] == pixels).all()
+
+
+def test_png_keeps_profile_exif_and_resolution_with_16_bits(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = 'Camera'
+    profile = srgb_profile()
+    info = {'icc_profile': profile, 'exif': exif.tobytes(), 'dpi': (300, 300)}
+    save_pixels(array(5, 6, 3, np.uint16), tmp_path / 'a.png', info)
+    photo = Image.open(tmp_path / 'a.png')
+    photo.load()
+    assert photo.info['icc_profile'] == profile
+    assert photo.getexif()[0x010F] == 'Camera'
+    assert [round(d) for d in photo.info['dpi']] == [300, 300]
+    _, kept = open_pixels(tmp_path / 'a.png')
+    assert kept['icc_profile'] == profile and 'exif' in kept
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_sixteen_bits_are_turned_upright_as_pillow_turns_eight(tmp_path, orientation):
+    pixels = array(4, 7, 3, np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save_pixels(pixels, tmp_path / 'a.png', {'exif': exif.tobytes()})
+    turned, _ = open_pixels(tmp_path / 'a.png')
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'a.png')))
+    assert turned.dtype == np.uint16
+    assert (turned >> 8 == expected).all()
+
+
+def test_eight_bits_stay_eight_bits(tmp_path):
+    for mode in ('L', 'LA', 'RGB', 'RGBA'):
+        photo = Image.fromarray(array(9, 8, 4), 'RGBA').convert(mode)
+        photo.save(tmp_path / 'a.png')
+        pixels, _ = open_pixels(tmp_path / 'a.png')
+        assert pixels.dtype == np.uint8 and as_photo(pixels).mode == mode
+        assert as_photo(pixels).tobytes() == photo.tobytes()
+
+
+def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
+    pixels = np.full((8, 8, 3), 257 * 100, np.uint16)
+    save_pixels(pixels, tmp_path / 'a.bmp')
+    assert (np.asarray(Image.open(tmp_path / 'a.bmp')) == 100).all()
+
+
+def test_a_pillow_image_of_16_bits_keeps_them():
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(16, 64)
+    pixels, _ = open_pixels(Image.fromarray(ramp))
+    assert (pixels[..., 0] == ramp).all()
+
+
+@pytest.mark.parametrize('orientation', [3, 6])
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF, largest byte first'])
+def test_a_pillow_image_of_16_bits_is_turned_upright(orientation, kind):
+    gray, file, exif = array(4, 7, 1, np.uint16)[..., 0], io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    if kind == 'PNG':
+        Image.fromarray(gray).save(file, 'PNG', exif=exif)
+    else:
+        options = {'byteorder': '>', 'metadata': None}
+        tifffile.imwrite(file, gray, extratags=[(0x0112, 'H', 1, orientation, True)], **options)
+    file.seek(0)
+    pixels, _ = open_pixels(Image.open(file))
+    turned = {3: np.rot90(gray, 2), 6: np.rot90(gray, -1)}[orientation]
+    assert pixels.dtype == np.uint16 and pixels.dtype.isnative
+    assert np.array_equal(pixels[..., 0], turned)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='uses signals and limits of Unix')
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, dtype):
+    import resource  # Unix has it
+
+    path = save_pixels(array(8, 8, 3, dtype), tmp_path / 'a.png')
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(EnhanceError, match='could not be written'):
+            save_pixels(array(200, 200, 3, dtype), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['a.png']
+
+
+@pytest.mark.parametrize('kind', [bytes, bytearray, memoryview, io.BytesIO, open])
+def test_a_buffered_source_can_be_read_twice(tmp_path, kind):
+    data = encoded(noise(), 'PNG')
+    (tmp_path / 'a.png').write_bytes(data)
+    with open(tmp_path / 'a.png', 'rb') as file:
+        source = buffered(file if kind is open else kind(data))
+    assert source == data
+    assert_same(open_photo(source), open_photo(source))
+    array, _ = open_pixels(source)
+    assert_same(as_photo(array), noise())
+
+
+def test_what_can_be_read_twice_stays_as_it_is(tmp_path):
+    "A path is not read: its file may be large, or not be there."
+    for source in str(tmp_path / 'gone.png'), tmp_path / 'gone.png', b'bytes', noise():
+        assert buffered(source) is source
+
+
+@pytest.mark.parametrize('depth', [np.uint8, np.uint16])
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_pixels_are_read_from_the_disk_once(tmp_path, monkeypatch, depth, suffix):
+    path, asked = save_pixels(array(6, 5, 3, depth), tmp_path / f'a.{suffix}'), []
+    open_ = Path.open
+    monkeypatch.setattr(Path, 'open', lambda self, *a: asked.append(self) or open_(self, *a))
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail('read once more'))
+    opened, _ = open_pixels(path)
+    assert asked == [path]
+    assert (opened == array(6, 5, 3, depth)).all()
+
+
+def test_errors_of_pixels_name_the_file(tmp_path):
+    path = tmp_path / 'half.png'
+    path.write_bytes(encoded(noise((60, 60)), 'PNG')[:3000])
+    for source in path, str(path), open(path, 'rb'):
+        with refused(str(path), 'damaged'):
+            open_pixels(source)
+    with refused("'my scan'", 'damaged'):
+        open_pixels(path.read_bytes(), 'my scan')
+    with refused(str(tmp_path / 'gone.png'), 'no file'):
+        open_pixels(tmp_path / 'gone.png')
+    with Image.open(path) as image, refused('half.png', 'damaged'):
+        open_pixels(image)
+
+
+@pytest.mark.parametrize('n_channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'jpg'])
+@pytest.mark.parametrize('depth', [np.uint8, np.uint16])
+@pytest.mark.filterwarnings('ignore:.*no transparency')
+def test_encoded_pixels_are_what_would_be_saved(tmp_path, n_channels, suffix, depth):
+    data = array(7, 9, n_channels, depth)
+    path = save_pixels(data, tmp_path / f'a.{suffix}')
+    assert encode_pixels(data, path.name) == path.read_bytes()
+
+
+# --- what a worker or the command line has to load --------------------------------------------
+
+
+def test_light_modules():
+    "A worker process of a folder run would load torch or pandas once each."
+    light = 'files errors folders operations datasets show'.split()
+    heavy = {'torch', 'pandas', 'matplotlib', 'ipywidgets', 'fastai', 'skimage', 'sklearn'}
+    code = (
+        'import sys\n'
+        f'for name in {light}:\n'
+        "    __import__('enhance_lib.toolbox.' + name)\n"
+        f'    print(name, *sorted({heavy} & set(sys.modules)))\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == light, done.stderr

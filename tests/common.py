@@ -37,7 +37,7 @@ def assert_same(one, other):
 
 
 def refused(*words):
-    "A context where a `EnhanceError` of one line is raised, which holds all the words."
+    "A context where an `EnhanceError` of one line is raised, which holds all the words."
 
     @contextmanager
     def context():

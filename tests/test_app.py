@@ -22,9 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import enhance_lib.app as module
 from enhance_lib.app import CompareSlider, DownloadButton
-from enhance_lib.applications.enhance_app import EnhanceApp
+from enhance_lib.applications.enhance_app import MAX_UPLOAD, EnhanceApp
 from enhance_lib.enhance import enhance
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
@@ -102,12 +101,12 @@ def test_download_answers_only_what_it_knows():
     sent = []
     button = DownloadButton(lambda: ('a.webp', b'12'))
     button.send = lambda message, buffers: sent.append((message, buffers))
-    button.per_picture(button, {'wanted': 'secrets'}, [])
+    button.answer(button, {'wanted': 'secrets'}, [])
     assert sent == []
-    button.per_picture(button, {'wanted': 'file'}, [])
+    button.answer(button, {'wanted': 'file'}, [])
     assert sent == [({'name': 'a.webp', 'type': 'image/webp'}, [b'12'])]
     button.make = lambda: None  # there is no file yet, or making it failed with a sentence
-    button.per_picture(button, {'wanted': 'file'}, [])
+    button.answer(button, {'wanted': 'file'}, [])
     assert len(sent) == 1
 
 
@@ -192,7 +191,7 @@ def test_files_that_are_refused_with_a_sentence(phone, name, content, words):
     app = EnhanceApp(max_upload=2500)
     upload(app, name, phone[:1500] if content is None else content)
     assert words in text(app) and name in text(app) and app.go.disabled
-    assert 'class="bad"' in app.says.value
+    assert 'class="error"' in app.says.value
 
 
 def test_a_name_is_text_and_never_code(cat):
@@ -329,7 +328,8 @@ def test_download_of_a_format_that_can_not_be_written_is_png(cat):
 def test_the_page_does_not_wait_for_torch():
     "The app is there before torch is imported."
     code = (
-        'import sys, enhance_lib.app; large = {"torch", "fastai", "pandas"} & set(sys.modules);'
+        'import sys, enhance_lib.applications.enhance_app\n'
+        'large = {"torch", "fastai", "pandas"} & set(sys.modules)\n'
         'sys.exit(f"imported: {large}" if large else 0)'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -478,7 +478,7 @@ def files(tmp_path_factory, cat, phone):
     noise = np.random.default_rng(0).integers(0, 256, (1800, 3800, 3), np.uint8)
     Image.fromarray(noise).save(folder / 'twenty.png', compress_level=0)  # 20.5 MB
     with (folder / 'over.png').open('wb') as file:
-        file.truncate(module.MAX_UPLOAD + 1)
+        file.truncate(MAX_UPLOAD + 1)
     return folder
 
 
@@ -574,5 +574,5 @@ def test_in_jupyterlab(browser, files, tmp_path):
 def test_the_app_is_one_cell():
     nb = json.loads((ROOT / 'app' / 'enhance.ipynb').read_text(encoding='utf-8'))
     assert [''.join(c['source']) for c in nb['cells']] == [
-        'from enhance_lib.app import EnhanceApp\n\nEnhanceApp()'
+        'from enhance_lib.applications.enhance_app import EnhanceApp\n\nEnhanceApp()'
     ]

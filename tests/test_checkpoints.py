@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from common import refused
-from fastai.optimizer import Adam
 from fastcore.foundation import L
 from tiny import (
+    Adam,
     Evil,
     Killed,
     disk_of,
@@ -33,7 +33,6 @@ from enhance_lib.toolbox.checkpoints import (
     save_checkpoint,
     set_random_states,
 )
-
 
 # Random states
 

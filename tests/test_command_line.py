@@ -13,61 +13,19 @@ from PIL import Image
 
 COMMANDS = ['enhance', 'enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate']
 FLAGS = {
-    'enhance': [
-        'out',
-        'model',
-        'scale',
-        'level',
-        'strength',
-        'keep-colors',
-        'device',
-        'tile',
-        'format',
-        'compare',
-        'overwrite',
-        'list',
-        'lr-path',
-        'sr-path',
-    ],
-    'enhance_resize': ['path', 'resized-path', 'size', 'num-workers'],
-    'enhance_crappify': [
-        'path',
-        'degraded-path',
-        'recipe',
-        'seed',
-        'size',
-        'good-path',
-        'format',
-        'num-workers',
-    ],
-    'enhance_train': [
-        'path',
-        'degraded-path',
-        'df',
-        'recipe',
-        'model-name',
-        'pretrained',
-        'loss',
-        'size',
-        'bs',
-        'frozen-epochs',
-        'unfrozen-epochs',
-        'num-workers',
-        'resume',
-        'out',
-    ],
-    'enhance_evaluate': [
-        'path',
-        'degraded-path',
-        'models',
-        'recipe',
-        'seed',
-        'size',
-        'sample',
-        'out',
-    ],
+    'enhance': (
+        'out model scale level strength keep-colors device tile format compare '
+        'overwrite list lr-path sr-path'
+    ).split(),
+    'enhance_resize': 'path resized-path size num-workers'.split(),
+    'enhance_crappify': 'path degraded-path recipe seed size clean-path format num-workers'.split(),
+    'enhance_train': (
+        'path degraded-path df recipe model-name pretrained loss size bs '
+        'frozen-epochs unfrozen-epochs num-workers resume out'
+    ).split(),
+    'enhance_evaluate': 'path degraded-path models recipe seed size sample out'.split(),
 }
-CALL = 'import sys; from enhance_lib.command_line import {0}; sys.exit({0}())'
+CALL = 'import sys; from enhance_lib.applications.command_line import {0}; sys.exit({0}())'
 
 
 def start(name, *flags, **kwargs):
@@ -125,7 +83,8 @@ def test_help_names_every_flag(name):
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_needs_no_large_library(name):
     code = (
-        f'import sys; sys.argv[1:] = ["--help"]; from enhance_lib.command_line import {name}\n'
+        'import sys; sys.argv[1:] = ["--help"]\n'
+        f'from enhance_lib.applications.command_line import {name}\n'
         f'try: {name}()\n'
         'except SystemExit: pass\n'
         'large = {"numpy", "torch", "fastai", "PIL", "pandas", "matplotlib"} & set(sys.modules)\n'
@@ -138,7 +97,7 @@ def test_help_needs_no_large_library(name):
 def test_work_needs_no_torch(photos, tmp_path):
     "It would make a command wait for seconds, and each worker take hundreds of megabytes."
     code = (
-        'import sys; from enhance_lib.command_line import enhance_crappify\n'
+        'import sys; from enhance_lib.applications.command_line import enhance_crappify\n'
         f'enhance_crappify(["--path={photos}", "--degraded-path={tmp_path / "degraded"}"])\n'
         'large = {"torch", "fastai", "pandas", "matplotlib", "skimage"} & set(sys.modules)\n'
         'sys.exit(f"imported: {large}" if large else 0)'
@@ -157,7 +116,7 @@ def test_work_needs_no_torch(photos, tmp_path):
     ],
 )
 def test_flags_in_every_spelling(tmp_path, flags):
-    photos, out = make_photos(tmp_path / 'my_good-photos', 4), tmp_path / 'an_output=folder'
+    photos, out = make_photos(tmp_path / 'my_clean-photos', 4), tmp_path / 'an_output=folder'
     flags = [flag.replace('{in}', str(photos)).replace('{out}', str(out)) for flag in flags]
     status, shown, err = run('enhance_crappify', *flags)
     assert status == 0, err
@@ -169,17 +128,8 @@ def test_every_flag_has_its_effect(photos, tmp_path):
     degraded, clean = tmp_path / 'degraded', tmp_path / 'clean'
     status, _, err = run(
         'enhance_crappify',
-        *(
-            '--path',
-            photos,
-            '--degraded-path',
-            degraded,
-            '--good-path',
-            clean,
-            '--recipe',
-            'jpeg10',
-        ),
-        *('--seed', 7, '--size', 12, '--format', 'bmp', '--num-workers', 1),
+        *('--path', photos, '--degraded-path', degraded, '--clean-path', clean),
+        *('--recipe', 'jpeg10', '--seed', 7, '--size', 12, '--format', 'bmp', '--num-workers', 1),
     )
     assert status == 0, err
     from enhance_lib.crappify import RECIPES
@@ -205,6 +155,19 @@ def test_resize(photos, tmp_path):
     status, _, err = run('enhance_resize', *flags[:4])
     assert status == 0, err
     assert size == (16, 16) and Image.open(small / 'p0.png').size == (256, 256)
+
+
+def test_warnings_of_a_process_are_as_they_were_after_a_command(photos, tmp_path, capsys):
+    "A notebook that calls one goes on."
+    import warnings
+
+    from enhance_lib.applications.command_line import enhance_resize
+
+    usual = warnings.formatwarning
+    for folder, code in ((tmp_path / 'small', 0), (photos, 2)):
+        flags = ['--path', photos, '--resized-path', folder, '--size', 16, '--num-workers', 1]
+        assert enhance_resize([str(flag) for flag in flags]) == code
+        assert warnings.formatwarning is usual
 
 
 def refused(name, *flags):
@@ -237,7 +200,7 @@ def test_settings_that_can_not_be_used(photos, tmp_path):
     flags = ['--path', photos, '--degraded-path', tmp_path / 'degraded']
     err = refused('enhance_crappify', *flags, '--recipe', 'skylin')
     assert 'Did you mean skyline?' in err
-    assert 'good_path' in refused('enhance_crappify', *flags, '--recipe', 'skyline')
+    assert 'clean_path' in refused('enhance_crappify', *flags, '--recipe', 'skyline')
     assert '0 workers' in refused('enhance_crappify', *flags, '--num-workers', '0')
     assert 'pngg' in refused('enhance_crappify', *flags, '--format', 'pngg')
     refused('enhance_crappify', *flags, '--seed=-1')
@@ -312,31 +275,19 @@ SHORT += '--frozen_epochs 0 --num_workers 0'.split()
 def test_training_with_the_flags_of_image_2(tmp_path):
     "As Image 2.0 spells them: a table, clean photos, degraded photos."
     photos = make_photos(tmp_path / 'photos', 4)
-    run('enhance_crappify', '--path', photos, '--degraded-path', tmp_path / 'degraded')
-    (tmp_path / 'fnames.csv').write_text(
-        'fnames,is_val\np0.png,False\np1.png,False\np2.png,True\np3.png,False\n'
-    )
-    out = tmp_path / 'mine'
+    degraded, table, out = (tmp_path / name for name in ('degraded', 'fnames.csv', 'mine'))
+    run('enhance_crappify', '--path', photos, '--degraded-path', degraded)
+    table.write_text('fnames,is_val\np0.png,False\np1.png,False\np2.png,True\np3.png,False\n')
     status, shown, err = run(
         'enhance_train',
-        *(
-            '--df',
-            tmp_path / 'fnames.csv',
-            '--path',
-            photos,
-            '--degraded_path',
-            tmp_path / 'degraded',
-        ),
+        *('--df', table, '--path', photos, '--degraded_path', degraded),
         *('--unfrozen_epochs', 1, '--out', out, *SHORT),
     )
     assert status == 0, err
     assert shown.startswith('A U-Net on test_resnet: 2.9 million parameters\n')
     assert f'{out}.safetensors: ' in shown and 'dB before' in shown and 'Epoch 1/1' in shown
-    assert sorted(p.name for p in tmp_path.glob('mine*')) == [
-        'mine.json',
-        'mine.pkl',
-        'mine.safetensors',
-    ]
+    made = sorted(p.name for p in tmp_path.glob('mine*'))
+    assert made == ['mine.json', 'mine.pkl', 'mine.safetensors']
 
 
 def test_training_that_can_not_begin(photos, tmp_path):
@@ -381,7 +332,7 @@ def features(tmp_path_factory):
 
 
 def test_evaluation_writes_a_table_and_plots(photos, tmp_path, features):
-    "Two photos of the folder, made bad by a recipe, and measured as they are and enhanced."
+    "Two photos of the folder, degraded by a recipe, and measured as they are and enhanced."
     out = tmp_path / 'found'
     flags = ['--models', 'unet-mse', '--size', 40, '--sample', 2, '--out', out]
     process = start('enhance_evaluate', '--path', photos, *flags, env=features)
@@ -399,16 +350,8 @@ def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
     degraded, names = tmp_path / 'degraded', sorted(p.name for p in photos.iterdir())
     degraded.mkdir()
     Image.open(photos / names[0]).save(degraded / names[0])
-    flags = [
-        '--degraded_path',
-        degraded,
-        '--models',
-        'unet-mse',
-        '--size',
-        40,
-        '--out',
-        tmp_path / 'a',
-    ]
+    flags = ['--degraded_path', degraded, '--models', 'unet-mse', '--size', 40]
+    flags += ['--out', tmp_path / 'a']
     process = start('enhance_evaluate', '--path', photos, *flags, env=features)
     said, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
@@ -418,13 +361,12 @@ def test_evaluation_names_photos_without_a_partner(photos, tmp_path, features):
 
 def test_an_evaluation_that_was_stopped_begins_anew(photos, monkeypatch, capsys):
     "It keeps nothing, so there is nothing to go on from."
-    import enhance_lib.gan
     from enhance_lib.applications.command_line import enhance_evaluate
 
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(enhance_lib.gan, 'evaluate', stopped)
+    monkeypatch.setattr('enhance_lib.applications.evaluate.evaluate', stopped)
     assert enhance_evaluate(['--path', str(photos)]) == 130
     assert capsys.readouterr().err == '\nenhance_evaluate: stopped. Run it again to begin anew.\n'
 

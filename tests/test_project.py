@@ -114,6 +114,7 @@ def test_command_line_costs_nothing_to_import():
 def test_every_import_is_a_requirement():
     "What the package imports comes with Python, or with something that settings.ini names."
     names = {'PIL': 'pillow', 'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}
+    names |= {'pywt': 'PyWavelets'}
     # These come along with a requirement.
     names |= {name: 'ipywidgets' for name in ('IPython', 'matplotlib_inline', 'traitlets')}
     names |= {'fasttransform': 'fastai', 'requests': 'pooch'}

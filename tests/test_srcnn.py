@@ -181,8 +181,8 @@ def test_validation_by_hand(photos):
 def test_training_beats_its_input(photos):
     torch.manual_seed(0)
     np.random.seed(0)
-    history = fit(SRCNN(residual=True), gray_dls(photos), 12, lr=2e-3, progress=False)
-    assert [row['epoch'] for row in history] == list(range(1, 13))
+    history = fit(SRCNN(residual=True), gray_dls(photos), 5, lr=2e-3, progress=False)
+    assert [row['epoch'] for row in history] == list(range(1, 6))
     assert history[-1]['loss'] < history[0]['loss']
     assert history[-1]['PSNR'] == pytest.approx(-10 * math.log10(history[-1]['loss']))
     assert len({row['input'] for row in history}) == 1  # the same pairs each time
@@ -268,7 +268,8 @@ def test_classic5_by_the_yardstick():
 @pytest.mark.parametrize('name', TASK_OF)
 def test_half_precision_costs_next_to_nothing(name):
     "Within 0.02 dB of the same weights run plainly."
-    model, (degraded, clean) = load_model(name), TASKS[TASK_OF[name][0]].pair(sample_photo('china'))
+    photo = sample_photo('china').crop((160, 120, 352, 264))
+    model, (degraded, clean) = load_model(name), TASKS[TASK_OF[name][0]].pair(photo)
     with torch.inference_mode():
         plain = to_photo(load_model(name).enhance_tile(to_tensor(degraded)))
     fast = model.predict(degraded)

@@ -138,22 +138,23 @@ def interrupted(monkeypatch, n, *args, **options):
             quick(*args, **options)
 
 
-@pytest.mark.parametrize('n', [1, 2, 3])
-def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, n):
+def test_a_training_that_was_stopped_goes_on(folders, monkeypatch):
     "And ends with the same weights: in the first phase, between the two, and in the second size."
     plan = {'sizes': (64, 72), 'device': 'cpu'}
     plan |= {'degraded': folders / 'degraded', 'table': folders / 'photos.csv'}
-    args = folders / 'clean', folders / 'mine'
-    interrupted(monkeypatch, n, *args, **plan)
-    assert not (folders / 'mine.safetensors').exists()
-    with pytest.raises(EnhanceError, match='interrupted in .*resume') as error:
-        quick(*args, **plan)
-    assert '\n' not in str(error.value)
-    quick(*args, **plan, resume=True)
-    quick(args[0], folders / 'whole', **plan)
-    a, b = (load_model(folders / f'{name}.safetensors') for name in ('whole', 'mine'))
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
+    quick(folders / 'clean', folders / 'whole', **plan)
+    whole = load_model(folders / 'whole.safetensors').state_dict()
+    for n in (1, 2, 3):
+        args = folders / 'clean', folders / f'mine{n}'
+        interrupted(monkeypatch, n, *args, **plan)
+        assert not (folders / f'mine{n}.safetensors').exists()
+        with pytest.raises(EnhanceError, match='interrupted in .*resume') as error:
+            quick(*args, **plan)
+        assert '\n' not in str(error.value)
+        quick(*args, **plan, resume=True)
+        mine = load_model(folders / f'mine{n}.safetensors').state_dict()
+        for name, p in whole.items():
+            torch.testing.assert_close(mine[name], p, msg=f'{name}, stopped after {n}')
 
 
 def test_a_training_goes_on_only_as_it_was_begun(folders, monkeypatch):

@@ -18,8 +18,9 @@ from enhance_lib.toolbox.pairs import recipe_dls
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
     import fastai.callback.schedule  # noqa: F401 (gives Learner its fit_one_cycle)
+    from fastai.callback.core import CancelBatchException, CancelFitException  # noqa: F401
     from fastai.learner import Learner
-    from fastai.optimizer import Adam
+    from fastai.optimizer import Adam, RMSProp  # noqa: F401
 
 CPU = torch.device('cpu')
 GRAIN = Recipe('grain', (Step('noise', sigma=20),))

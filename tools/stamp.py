@@ -121,7 +121,7 @@ def front_pictures(path):
 
 
 def datasets_page():
-    "The page on the photo sets: the lesson on photos holds the table."
+    "The page on the photo sets, from the table in the toolbox."
     from enhance_lib.toolbox.datasets import datasets_markdown
 
     return datasets_markdown().rstrip('\n') + '\n'

@@ -6,8 +6,10 @@
 __all__ = ['command', 'enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate', 'enhance']
 
 # %% ../../nbs/applications/command_line.ipynb #64732ed1
+import os
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import wraps
 from os.path import isdir
 from pathlib import Path
@@ -25,6 +27,36 @@ def _as_known(argument, known):
     return flag + equals + value
 
 
+def _parsed(function, argv):
+    "The arguments for a function, as its flags say them."
+    parser = anno_parser(function, prog=function.__name__)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    arguments = vars(parser.parse_args([_as_known(argument, known) for argument in argv]))
+    return {k: v for k, v in arguments.items() if k not in ('pdb', 'xtra')}  # fastcore's own
+
+
+@contextmanager
+def _plain_words():
+    "Inside a `with`, warnings are sentences, and no name of a file is too strange to be printed."
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+        sys.stdout.reconfigure(errors='backslashreplace')
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f'{message}\n'
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _leave(code):
+    "End the process, all written: to tear down torch would take 0.3 seconds and 130 MB more."
+    try:
+        sys.stdout.flush(), sys.stderr.flush()
+    except OSError:  # nobody reads what was written: Python says that while it ends
+        return
+    os._exit(code)
+
+
 def command(
     after_stop: str = 'Run it again to go on.',  # what to say when somebody has pressed Ctrl-C
 ):
@@ -33,19 +65,10 @@ def command(
     def make(function):
         name = function.__name__
 
-        @wraps(function)
-        def run(argv=None):
-            parser = anno_parser(function, prog=name)
-            known = {flag for action in parser._actions for flag in action.option_strings}
-            argv = [_as_known(a, known) for a in (sys.argv[1:] if argv is None else argv)]
-            arguments = vars(parser.parse_args(argv))
-            warnings.formatwarning = lambda message, *where: f'{message}\n'  # a sentence, no code
-            if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-                sys.stdout.reconfigure(errors='backslashreplace')  # no name of a file stops it
-            for of_fastcore in ('pdb', 'xtra'):
-                arguments.pop(of_fastcore, None)
+        def attempt(arguments):
             try:
-                return function(**arguments)
+                with _plain_words():
+                    return function(**arguments)
             except KeyboardInterrupt:
                 sys.stderr.write(f'\n{name}: stopped. {after_stop}\n')
                 return 130
@@ -56,6 +79,13 @@ def command(
                     raise
                 sys.stderr.write(f'{name}: {e}\n')
                 return 2
+
+        @wraps(function)
+        def run(argv=None):
+            code = attempt(_parsed(function, sys.argv[1:] if argv is None else argv))
+            if argv is None and 'torch' in sys.modules:  # as a process of its own
+                _leave(code)
+            return code
 
         return run
 
@@ -96,7 +126,7 @@ def enhance_resize(
 @command()
 def enhance_crappify(
     path: str = None,  # folder of clean photos
-    degraded_path: str = None,  # folder for the degraded ones and crappify.csv, which says what was done
+    degraded_path: str = None,  # folder for the degraded ones, and for crappify.csv: what was done
     recipe: str = 'image2',  # image2, gan, jpeg10, skyline, any-kernel or wild
     seed: int = 0,  # another seed (or recipe) makes the photos in the folder anew
     size: int = None,  # cut a square of this side, in pixels, out of each photo first
@@ -104,21 +134,29 @@ def enhance_crappify(
     format: str = None,  # png, jpg, webp...; by default as the photo was
     num_workers: int = None,  # processes, by default one per core
 ):
-    "Make all photos of a folder bad. What happens to each depends on the seed and its name alone."
+    "Degrade all photos of a folder. What happens to each depends on the seed and its name alone."
     _needed(path=path, degraded_path=degraded_path)
     from enhance_lib.applications.batch import crappify_folder
 
-    return _finish(
-        crappify_folder(path, degraded_path, recipe, seed, size, clean_path, format, num_workers)
+    report = crappify_folder(
+        path,
+        degraded_path,
+        recipe,
+        seed,
+        size=size,
+        clean_path=clean_path,
+        format=format,
+        n_workers=num_workers,
     )
+    return _finish(report)
 
 # %% ../../nbs/applications/command_line.ipynb #76899c30
 @command('Run it again with --resume to go on.')
 def enhance_train(
     path: str = None,  # folder of clean photos
     degraded_path: str = None,  # folder of degraded ones with the same names; by default a recipe's
-    df: str = None,  # CSV with columns fnames and is_val; by default every tenth photo validates
-    recipe: str = 'image2',  # what makes photos bad while training: image2, gan, wild...
+    df: str = None,  # CSV with columns fnames and is_val; by default one photo in ten is held out
+    recipe: str = 'image2',  # what degrades photos while training: image2, gan, wild...
     model_name: str = 'swsl_resnet18',  # the encoder: one of timm's names
     pretrained: str = 'yes',  # yes: the encoder's weights come from the web; no; or a file
     loss: str = 'vgg16_bn',  # vgg16_bn, squeezenet... (see Feature loss), mse or l1
@@ -141,12 +179,23 @@ def enhance_train(
     from enhance_lib.applications.train import train_unet
 
     scores = train_unet(
-        *(path, out, degraded_path, df, recipe, model_name),
-        {'yes': True, 'no': False}.get(pretrained, pretrained),
-        *(loss, sizes, bs, frozen_epochs, unfrozen_epochs, num_workers, resume),
+        path,
+        out,
+        resume,
+        degraded=degraded_path,
+        table=df,
+        recipe=recipe,
+        model_name=model_name,
+        pretrained={'yes': True, 'no': False}.get(pretrained, pretrained),
+        loss=loss,
+        sizes=sizes,
+        bs=bs,
+        frozen_epochs=frozen_epochs,
+        unfrozen_epochs=unfrozen_epochs,
+        n_workers=num_workers,
     )
     gain = f'{scores["input"]:.2f} dB before, {scores["output"]:.2f} dB after'
-    sys.stdout.write(f'\n{out}.safetensors: {gain}, on the photos that validate\n')
+    sys.stdout.write(f'\n{out}.safetensors: {gain}, on the validation set\n')
     return 0
 
 # %% ../../nbs/applications/command_line.ipynb #8e7a1c02
@@ -155,8 +204,8 @@ def enhance_evaluate(
     path: str = None,  # folder of clean photos
     degraded_path: str = None,  # folder of degraded ones with the same names; by default a recipe's
     models: str = 'unet-mse,unet-feature,unet-gan',  # published ones, or .safetensors files
-    recipe: str = 'gan',  # what makes the photos bad: image2, gan, wild...
-    seed: int = 0,  # another seed makes them bad in another way, and draws another sample
+    recipe: str = 'gan',  # what degrades the photos: image2, gan, wild...
+    seed: int = 0,  # another seed degrades them in another way, and draws another sample
     size: int = None,  # measure a square of this side, in pixels; by default whole photos
     sample: int = None,  # how many photos; by default all
     out: str = 'evaluation',  # OUT.csv with a row for each photo and picture, OUT.png with plots
@@ -172,22 +221,34 @@ def enhance_evaluate(
     return 1 if table.attrs['failed'] else 0
 
 # %% ../../nbs/applications/command_line.ipynb #10a00002
-def _target(photo, out, format):
+def _suffix(photo, file_format):
+    "The suffix of what is made of a photo."
+    return f'.{file_format.lower().lstrip(".")}' if file_format else photo.suffix
+
+
+def _target(photo, out, file_format):
     "Where the enhanced version of one photo goes."
     from enhance_lib.toolbox.errors import EnhanceError
 
-    suffix = f'.{format.lower().lstrip(".")}' if format else photo.suffix
+    suffix = _suffix(photo, file_format)
     beside = photo.with_name(f'{photo.stem}-enhanced{suffix}')
     if out is None:
         return beside
     if isdir(out) or not out.suffix:
         return out / beside.name
-    if format and out.suffix.lower() != suffix:
-        raise EnhanceError(f"--out '{out}' and --format {format} name two formats. Leave one out.")
+    if file_format and out.suffix.lower() != suffix:
+        raise EnhanceError(
+            f"--out '{out}' and --format {file_format} name two formats. Leave one out."
+        )
     return out
 
 
 _ENDINGS = '-enhanced', '-enhanced-compared'  # of what is written beside a photo
+
+
+def _original(photo):
+    "The path, without suffix, of what `photo` was made from, by its name."
+    return photo.with_name(photo.stem.removesuffix('-compared').removesuffix('-enhanced'))
 
 
 def _named(photos):
@@ -197,7 +258,8 @@ def _named(photos):
     found = []
     for name in photos:
         stars = '*' in name and not Path(name).exists()
-        found += [Path(p) for p in (sorted(glob(name)) if stars else [name])] or [Path(name)]
+        names = sorted(glob(name)) if stars else []
+        found += [Path(name) for name in names or [name]]
     # what an earlier run made of a photo that is named too: `enhance *.jpg` a second time
     stems = {photo.with_suffix('') for photo in found}
     ours = [p for p in found if p.stem.endswith(_ENDINGS) and _original(p) in stems]
@@ -207,12 +269,7 @@ def _named(photos):
     return [photo for photo in found if photo not in ours]
 
 
-def _original(photo):
-    "The path, without suffix, of what `photo` was made from, by its name."
-    return photo.with_name(photo.stem.removesuffix('-compared').removesuffix('-enhanced'))
-
-
-def _sources(photos, format):
+def _sources(photos, file_format):
     "Photos and folders as what `enhance_folder` takes: name in the output folder -> photo."
     from enhance_lib.toolbox.errors import EnhanceError
     from enhance_lib.toolbox.folders import output_names
@@ -220,63 +277,101 @@ def _sources(photos, format):
     sources = {}
     for photo in photos:
         if isdir(photo):
-            names = output_names(photo, format)
+            names = output_names(photo, file_format)
             if len(photos) > 1:  # folders keep apart what is called the same
                 names = {f'{photo.resolve().name}/{name}': path for name, path in names.items()}
         else:
-            name = photo.with_suffix(f'.{format.lower().lstrip(".")}') if format else photo
-            names = {name.name: photo}
+            names = {photo.with_suffix(_suffix(photo, file_format)).name: photo}
         twice = sources.keys() & names.keys()
         if twice:
             raise EnhanceError(f"Two photos would become '{min(twice)}'. Enhance them one by one.")
         sources |= names
     return sources
 
-
-def _enhance_file(photo, target, settings, compare, overwrite, taken):
-    "Enhance one photo to a file; `taken` are those that this run has written."
+# %% ../../nbs/applications/command_line.ipynb #c8257018
+def _check_target(photo, path, overwrite, taken):
+    "That a result may be written to `path`; raises now, not after all the work."
     from PIL import Image
 
-    from enhance_lib.applications.batch import save_compared
-    from enhance_lib.enhance import enhance
     from enhance_lib.toolbox.errors import EnhanceError
     from enhance_lib.toolbox.files import encode_photo, open_photo
 
+    if path.resolve() == photo.resolve():
+        raise EnhanceError(f"'{photo}' would be overwritten. Choose another name for --out.")
+    if path in taken:
+        raise EnhanceError(
+            f"'{photo}' would become '{path}', as another photo did. Enhance it by itself, "
+            'with another name for --out.'
+        )
+    if path.exists() and not overwrite:
+        raise EnhanceError(
+            f"'{path}' is there already. Choose another name with --out, or say --overwrite."
+        )
+    try:
+        encode_photo(Image.new('L', (8, 8)), path)
+    except EnhanceError:
+        open_photo(photo, None)  # where the photo is the mistake, that is said
+        raise
+
+
+def _enhance_file(photo, target, settings, compare, overwrite, taken):
+    "Enhance one photo to a file; `taken` are those that this run has written."
+    from enhance_lib.applications.batch import save_compared
+    from enhance_lib.enhance import enhance
+
     compared = target.with_name(f'{target.stem}-compared.png')
-    for path in [target, *[compared] * compare]:
-        if path.resolve() == photo.resolve():
-            raise EnhanceError(f"'{photo}' would be overwritten. Choose another name for --out.")
-        if path in taken:
-            raise EnhanceError(
-                f"'{photo}' would become '{path}', as another photo did. Enhance it by itself, "
-                'with another name for --out.'
-            )
-        if path.exists() and not overwrite:
-            raise EnhanceError(
-                f"'{path}' is there already. Choose another name with --out, or say --overwrite."
-            )
-        try:
-            encode_photo(Image.new('L', (8, 8)), path)  # raises now, not after all the work
-        except EnhanceError:
-            open_photo(photo, None)  # where the photo is the mistake, that is said
-            raise
+    targets = [target, compared] if compare else [target]
+    for path in targets:
+        _check_target(photo, path, overwrite, taken)
     better = enhance(photo, **settings)
     better.save(target)
-    taken.update((target, compared) if compare else (target,))
+    taken.update(targets)
     sys.stdout.write(f'{target}: {better}\n')
     if compare:
         save_compared(photo, better, compared)
         sys.stdout.write(f'{compared}: before and after\n')
 
 
-def _enhance_folder(sources, out, format, settings, compare):
+def _enhance_folder(sources, out, file_format, settings, compare):
     "Enhance a folder, or several photos, to a folder; the exit code."
     from enhance_lib.applications.batch import enhance_folder
 
     compared = out.with_name(f'{out.name}-compared') if compare else None
-    code = _finish(enhance_folder(sources, out, **settings, format=format, compared=compared))
+    code = _finish(enhance_folder(sources, out, **settings, format=file_format, compared=compared))
     sys.stdout.write(f'They are in {out}{f" and {compared}" if compared else ""}\n')
     return code
+
+
+def _enhance_together(photos, out, file_format, settings, compare):
+    "Enhance folders, or several photos, to the folder `out`; the exit code."
+    from enhance_lib.toolbox.errors import EnhanceError
+
+    if out.suffix and not isdir(out):
+        raise EnhanceError(f"'{out}' looks like a file; several photos go to a folder.")
+    if len(photos) == 1:  # says where they overlap, and names formats that are not there
+        return _enhance_folder(photos[0], out, file_format, settings, compare)
+    return _enhance_folder(_sources(photos, file_format), out, None, settings, compare)
+
+
+def _enhance_each(photos, out, file_format, settings, compare, overwrite):
+    "Enhance photos and folders, each to a place beside it; the exit code."
+    from enhance_lib.toolbox.errors import EnhanceError
+
+    codes, taken = [0], set()
+    for photo in photos:
+        try:
+            if isdir(photo):
+                beside = photo.resolve().with_name(f'{photo.resolve().name}-enhanced')
+                codes.append(_enhance_folder(photo, beside, file_format, settings, compare))
+            else:
+                target = _target(photo, out, file_format)
+                _enhance_file(photo, target, settings, compare, overwrite, taken)
+        except EnhanceError as e:
+            if len(photos) == 1:
+                raise
+            sys.stderr.write(f'{e}\n')
+            codes.append(1)
+    return max(codes)
 
 # %% ../../nbs/applications/command_line.ipynb #10a00003
 @command()
@@ -298,13 +393,13 @@ def enhance(
     sr_path: str = None,  # another name for --out
 ):
     "Make photos better. What each needs is found out by looking at it."
+    from enhance_lib.toolbox.errors import EnhanceError
+
     if list:
         from enhance_lib.applications.evaluate import model_table
 
         sys.stdout.write(f'{model_table().to_string()}\n')
         return 0
-    from enhance_lib.toolbox.errors import EnhanceError
-
     photos = _named([p for p in (*(photos or ()), lr_path) if p])
     out = Path(out or sr_path) if out or sr_path else None
     if not photos:
@@ -315,25 +410,6 @@ def enhance(
         raise EnhanceError(f'--scale {scale}: give a number, 2 for instance, or auto.') from None
     settings = {'model': model, 'scale': scale, 'level': level, 'strength': strength}
     settings |= {'keep_colors': keep_colors, 'device': device, 'tile': tile}
-    folders = [photo for photo in photos if isdir(photo)]  # Path.is_dir may raise
-    if out and (folders or len(photos) > 1):
-        if out.suffix and not isdir(out):
-            raise EnhanceError(f"'{out}' looks like a file; several photos go to a folder.")
-        if len(photos) == 1:  # says where they overlap, and names formats that are not there
-            return _enhance_folder(photos[0], out, format, settings, compare)
-        return _enhance_folder(_sources(photos, format), out, None, settings, compare)
-    codes, taken = [], set()
-    for photo in photos:
-        try:
-            if photo in folders:
-                beside = photo.resolve().with_name(f'{photo.resolve().name}-enhanced')
-                codes.append(_enhance_folder(photo, beside, format, settings, compare))
-            else:
-                target = _target(photo, out, format)
-                _enhance_file(photo, target, settings, compare, overwrite, taken)
-        except EnhanceError as e:
-            if len(photos) == 1:
-                raise
-            sys.stderr.write(f'{e}\n')
-            codes.append(1)
-    return max(codes, default=0)
+    if out and (len(photos) > 1 or isdir(photos[0])):  # Path.is_dir may raise
+        return _enhance_together(photos, out, format, settings, compare)
+    return _enhance_each(photos, out, format, settings, compare, overwrite)

@@ -114,7 +114,7 @@ TASKS = {
 def board_pairs(
     task: str,  # a key of `TASKS`
 ) -> list[tuple]:  # of (degraded, clean) photos
-    "The held-out photos, made bad for a task of the scoreboard. Raises `EnhanceError`."
+    "The held-out photos, degraded for a task of the scoreboard. Raises `EnhanceError`."
     if task not in TASKS:
         raise EnhanceError(f'There is no task {task!r}. {nearest_names(task, TASKS)}')
     return [TASKS[task].pair(p, 0, name) for name, p in sample_photos('held-out').items()]

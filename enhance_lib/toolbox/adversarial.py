@@ -134,6 +134,15 @@ class GANMonitor(Callback):
 gan_adam = partial(Adam, mom=0.0, sqr_mom=0.99)  # as in fastai's course of 2019
 
 
+class _QuietLearner(GANLearner):
+    "One that does not warn of how fastai's own `GANTrainer` is written."
+
+    def fit(self, *args, **options):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'You are shadowing an attribute')
+            super().fit(*args, **options)
+
+
 def adversarial_learner(
     dls,  # of (degraded, clean) batches in [0, 1]
     generator: nn.Module,
@@ -146,7 +155,7 @@ def adversarial_learner(
     cbs: tuple | list = (),  # more callbacks
 ) -> GANLearner:
     "Generator against critic, with a `GANMonitor` as `learn.gan_monitor`."
-    learn = GANLearner(
+    learn = _QuietLearner(
         dls,
         generator.requires_grad_(True),
         critic,

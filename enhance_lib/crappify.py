@@ -283,7 +283,8 @@ RECIPES = {recipe.name: recipe for recipe in (
         Step('shrink', scale=4, kernel='nearest'),
         Step('shrink', scale=4, kernel='bilinear', antialias=False),
         Step('shrink', scale=4, kernel='bicubic', antialias=False),
-        Step('shrink', scale=4, kernel='bicubic', antialias=True), weights=[2, 2, 2, 1],
+        Step('shrink', scale=4, kernel='bicubic', antialias=True),
+        weights=[2, 2, 2, 1],
     ),)),
     Recipe('wild', about='anything, twice, in any order, then JPEG', shuffled=True, steps=2 * (
         Step('down_and_up', 0.5, **_sides(0.4, 0.9), down=_KERNEL, up=_KERNEL, antialias=_EITHER),

@@ -180,9 +180,8 @@ def test_a_loss_that_is_no_number_stops_the_training(who, what, tmp_path):
     path = tmp_path / 'a.ckpt'
     learn = a_training([Spoil(who, what)])
     wanted = rf'loss of the {who} is {what} at step \d+.*a\.ckpt'
-    with pytest.raises(EnhanceError, match=wanted) as error:
+    with pytest.raises(EnhanceError, match=wanted):
         fit(learn, 3, cbs=CheckpointEachEpoch(path, monitor=learn.gan_monitor))
-    assert '\n' not in str(error.value)
     step, parts = load_checkpoint(path)
     assert step == 1 and all(v.isfinite().all() for v in parts['model'].values())
     with pytest.raises(EnhanceError, match='There is no checkpoint'):

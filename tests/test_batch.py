@@ -33,7 +33,7 @@ def crappified(photos, out, *args, **kwargs):
 
 
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     recipe=st.sampled_from([name for name in RECIPES if name != 'skyline']),
@@ -43,12 +43,12 @@ def crappified(photos, out, *args, **kwargs):
 def test_folder_does_not_depend_on_the_number_of_workers(photos, recipe, seed):
     with tempfile.TemporaryDirectory() as folder:
         base, found = Path(folder), []
-        for n in (1, 2, 4):
+        for n in (1, 2):
             degraded, clean = base / f'degraded{n}', base / f'clean{n}'
             report = crappified(photos, degraded, recipe, seed, clean_path=clean, n_workers=n)
             assert (report.made, report.kept, report.failed) == (len(NAMES), 0, {})
             found.append((contents(degraded), contents(clean)))
-        assert found[0] == found[1] == found[2]
+        assert found[0] == found[1]
         assert set(NAMES) | {'crappify.csv'} == set(found[0][0])
         assert set(NAMES) <= set(found[0][1])
         pixels = [hash(open_photo(base / 'degraded1' / name).tobytes()) for name in NAMES]
@@ -273,7 +273,7 @@ linux = pytest.mark.skipif(not Path('/proc/self/cmdline').exists(), reason='look
 
 @linux
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(finished=st.integers(0, 44), more=st.floats(0, 0.05), n_workers=st.sampled_from([1, 2]))
 @example(finished=0, more=0.0, n_workers=2)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from enhance_lib.applications import command_line
+
 COMMANDS = ['enhance', 'enhance_resize', 'enhance_crappify', 'enhance_train', 'enhance_evaluate']
 FLAGS = {
     'enhance': (
@@ -170,24 +172,35 @@ def test_warnings_of_a_process_are_as_they_were_after_a_command(photos, tmp_path
         assert warnings.formatwarning is usual
 
 
-def refused(name, *flags):
-    "The one line that a command ends with when it can't start."
-    status, out, err = run(name, *flags)
-    assert status == 2
-    assert out == ''
-    assert err.startswith(f'{name}: ') and err.endswith('\n') and err.count('\n') == 1
-    return err
+@pytest.fixture
+def refused(capsys):
+    "A function that gives the one line which a command says when it can't start."
+
+    def called(name, *flags):
+        assert getattr(command_line, name)([str(flag) for flag in flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == ''
+        assert err.startswith(f'{name}: ') and err.endswith('\n') and err.count('\n') == 1
+        return err
+
+    return called
+
+
+def test_a_process_that_can_not_start_says_why_and_ends_with_2():
+    status, out, err = run('enhance_resize')
+    assert (status, out) == (2, '')
+    assert err == 'enhance_resize: --path and --resized-path must be given. See --help.\n'
 
 
 @pytest.mark.parametrize('name', ['enhance_resize', 'enhance_crappify'])
-def test_missing_flags(name, photos):
+def test_missing_flags(name, photos, refused):
     err = refused(name)
     assert f'--{FLAGS[name][0]}' in err and f'--{FLAGS[name][1]}' in err
     err = refused(name, '--path', photos)
     assert '--path' not in err and f'--{FLAGS[name][1]}' in err
 
 
-def test_folders_that_can_not_be_used(photos, tmp_path):
+def test_folders_that_can_not_be_used(photos, tmp_path, refused):
     missing = tmp_path / 'missing'
     assert 'missing' in refused('enhance_crappify', '--path', missing, '--degraded-path', 'x')
     assert 'missing' in refused('enhance_resize', '--path', missing, '--resized-path', 'x')
@@ -196,7 +209,7 @@ def test_folders_that_can_not_be_used(photos, tmp_path):
     assert not missing.exists() and not Path('x').exists()
 
 
-def test_settings_that_can_not_be_used(photos, tmp_path):
+def test_settings_that_can_not_be_used(photos, tmp_path, refused):
     flags = ['--path', photos, '--degraded-path', tmp_path / 'degraded']
     err = refused('enhance_crappify', *flags, '--recipe', 'skylin')
     assert 'Did you mean skyline?' in err
@@ -237,8 +250,7 @@ def test_broken_photos_are_named_and_the_others_done(photos, tmp_path, n_workers
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='sends the signal of Ctrl-C as Unix does')
-@pytest.mark.parametrize('n_workers', [1, 2])
-@pytest.mark.parametrize('after', [0, 3])
+@pytest.mark.parametrize('n_workers, after', [(1, 3), (2, 0), (2, 3)])
 def test_ctrl_c_says_one_line_and_the_next_run_finishes(tmp_path, n_workers, after):
     "A terminal sends the signal to the command and to all of its workers."
     photos, degraded = make_photos(tmp_path / 'photos', 60, 200), tmp_path / 'degraded'
@@ -290,7 +302,7 @@ def test_training_with_the_flags_of_image_2(tmp_path):
     assert made == ['mine.json', 'mine.pkl', 'mine.safetensors']
 
 
-def test_training_that_can_not_begin(photos, tmp_path):
+def test_training_that_can_not_begin(photos, tmp_path, refused):
     assert '--path must be given' in refused('enhance_train')
     flags = ['--path', photos, '--out', tmp_path / 'mine']
     for more, words in (
@@ -303,7 +315,7 @@ def test_training_that_can_not_begin(photos, tmp_path):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='sends the signal of Ctrl-C as Unix does')
-def test_a_training_that_was_stopped_goes_on_with_resume(photos, tmp_path):
+def test_a_training_that_was_stopped_goes_on_with_resume(photos, tmp_path, refused):
     flags = ['--path', photos, '--out', tmp_path / 'mine', '--unfrozen_epochs', 400, *SHORT]
     process = start('enhance_train', *flags)
     end = time.monotonic() + 60
@@ -371,7 +383,7 @@ def test_an_evaluation_that_was_stopped_begins_anew(photos, monkeypatch, capsys)
     assert capsys.readouterr().err == '\nenhance_evaluate: stopped. Run it again to begin anew.\n'
 
 
-def test_evaluation_that_can_not_begin(photos, tmp_path):
+def test_evaluation_that_can_not_begin(photos, tmp_path, refused):
     "Exit code 2 and one sentence; nothing is written."
     assert '--path must be given' in refused('enhance_evaluate')
     for words, *flags in (

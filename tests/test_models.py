@@ -26,7 +26,14 @@ from torch.nn import functional as F
 from enhance_lib import srcnn
 from enhance_lib.srcnn import SRCNN
 from enhance_lib.toolbox import models, tiles
-from enhance_lib.toolbox.models import PhotoModel, load_model, published, save_weights
+from enhance_lib.toolbox.errors import EnhanceError
+from enhance_lib.toolbox.models import (
+    PhotoModel,
+    load_model,
+    published,
+    read_card,
+    save_weights,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +281,7 @@ def test_the_network_predicts_in_eval_mode_and_goes_back(mode):
         def forward(self, x):
             seen.append((self.training, torch.is_grad_enabled(), x.requires_grad))
             if fail:
-                raise RuntimeError('out of memory')
+                raise RuntimeError('shapes differ')
             return super().forward(x)
 
     model, fail = getattr(Watched(), mode)(), False
@@ -967,17 +974,41 @@ LIGHT = """
 import sys
 from PIL import Image
 from enhance_lib.toolbox.models import load_model
-before = load_model(sys.argv[1]).predict(Image.new('RGB', (32, 32), 'gray'))
 heavy = 'fastai timm pandas matplotlib skimage torchvision torchmetrics'.split()
-print([name for name in heavy if name in sys.modules], before.size)
+for name in sys.argv[1:]:
+    better = load_model(name).predict(Image.new('RGB', (32, 32), 'gray'))
+    print(name, better.width, *[name for name in heavy if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize('name', [name for name in published() if not name.startswith('unet')])
-def test_a_published_model_runs_on_torch_alone(name):
+def test_a_published_model_runs_on_torch_alone():
     "Nobody who only wants better photos should wait for fastai."
-    scale = models.read_card(models.WEIGHTS / f'{name}.json')['scale']
+    names = [name for name in published() if not name.startswith('unet')]
+    scales = [models.read_card(models.WEIGHTS / f'{name}.json')['scale'] for name in names]
     root = Path(models.__file__).parents[2]
-    command = [sys.executable, '-c', LIGHT, name]
+    command = [sys.executable, '-c', LIGHT, *names]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
-    assert done.stdout == f'[] ({32 * scale}, {32 * scale})\n', done.stderr
+    wanted = [f'{name} {32 * scale}' for name, scale in zip(names, scales)]
+    assert done.stdout.splitlines() == wanted, done.stderr
+
+
+@pytest.mark.parametrize(
+    'data, words',
+    [
+        (None, 'There is no card'),
+        (b'', 'can not be read'),
+        (b'{"a": 1', 'can not be read'),
+        (b'\xff\xfe{}', 'can not be read'),
+        (b'[{"task": "x2"}]', 'not a JSON object'),
+        (b'null', 'not a JSON object'),
+    ],
+)
+def test_cards_that_are_none(data, words, tmp_path):
+    path = tmp_path / 'model.json'
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(EnhanceError, match=words) as error:
+        read_card(path)
+    assert 'model.json' in str(error.value)
+    path.write_text('{"license": "CC0", "author": "Müller"}', encoding='utf-8')
+    assert read_card(path) == read_card(str(path)) == {'license': 'CC0', 'author': 'Müller'}

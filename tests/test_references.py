@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from enhance_lib.applications.batch import crappify_folder, resize_folder
-from enhance_lib.crappify import get_recipe
-from enhance_lib.applications.image2 import upgrade
-from enhance_lib.enhance import enhance
 from enhance_lib.applications.evaluate import evaluate, evaluation_means
+from enhance_lib.applications.image2 import upgrade
+from enhance_lib.crappify import get_recipe
+from enhance_lib.enhance import enhance
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.files import open_photo
 from enhance_lib.toolbox.models import load_model, published

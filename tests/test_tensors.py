@@ -1,8 +1,12 @@
 """Photos to tensors, and two batches that have to fit together before anything is measured."""
 
+import numpy as np
 import pytest
 import torch
 from common import noise, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from enhance_lib.toolbox.tensors import (
@@ -71,3 +75,27 @@ def test_a_prediction_may_be_far_off_but_not_of_another_unit():
             check_prediction(X, target)
         with refused('target'):
             check_batches(X, target)
+
+
+@given(arrays(np.uint8, st.sampled_from([(1, 1), (3, 5), (4, 2, 3), (1, 7, 3)])))
+def test_a_photo_becomes_a_tensor_and_back(pixels):
+    x = to_tensor(Image.fromarray(pixels))
+    assert x.dtype == torch.float32 and x.shape[0] == 1 and x.shape[2:] == pixels.shape[:2]
+    expected = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    np.testing.assert_allclose(x[0] * 255, expected, atol=1e-4)
+    for y in (x, x[0]):
+        np.testing.assert_array_equal(np.asarray(to_photo(y)), pixels)
+
+
+def test_a_tensor_is_cut_off_and_rounded():
+    x = torch.tensor([[-0.3, 0.0, 0.4 / 255], [0.6 / 255, 1.0, 7.0]])[None]
+    for y in (x, x.requires_grad_(), x.detach().double()):
+        assert np.asarray(to_photo(y)).tolist() == [[0, 0, 0], [1, 255, 255]]
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 5, 5), (5, 5), (2, 5, 5)])
+def test_what_is_not_one_photo_becomes_none(shape):
+    with refused(str(shape)):
+        to_photo(torch.rand(shape))
+    with refused('25 NaN or infinite of 25'):
+        to_photo(torch.full((1, 5, 5), torch.nan))

@@ -27,7 +27,7 @@ from enhance_lib.toolbox.files import find_photos, open_photo
 from enhance_lib.toolbox.models import WEIGHTS, load_model
 from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.toolbox.tensors import to_tensor
-from enhance_lib.toolbox.training import Augment, set_seed
+from enhance_lib.toolbox.training import set_seed
 from enhance_lib.unet import (
     UNet,
     encoder_layers,
@@ -346,21 +346,6 @@ def test_it_learns():
 def test_photos_that_would_have_to_be_enlarged():
     with pytest.raises(EnhanceError, match='32×32.*64×64.*does not enlarge'):
         get_unet(small_dls(recipe=TASKS['x2']), **SMALL)
-
-
-def test_both_photos_of_a_pair_are_turned_alike():
-    learn = get_unet(small_dls(), **SMALL)
-    augment = Augment(degrees=30)
-    learn.add_cb(augment)
-    _, clean = learn.dls.one_batch()
-    learn.xb, learn.yb, learn.training = (clean,), (clean,), True
-    augment('before_batch')
-    assert torch.equal(learn.xb[0], learn.yb[0]) and not torch.equal(learn.xb[0], clean)
-    assert type(learn.xb[0]) is torch.Tensor and learn.xb[0].shape == clean.shape
-    assert 0 <= float(learn.xb[0].min()) and float(learn.xb[0].max()) <= 1
-    learn.xb, learn.yb, learn.training = (clean,), (clean,), False
-    augment('before_batch')
-    assert learn.xb[0] is clean
 
 
 # What is published

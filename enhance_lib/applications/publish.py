@@ -313,12 +313,13 @@ def train_published(
     for i, part in enumerate(plan.rounds):
         part = shortened(part, budget)
         crops = {k: getattr(part, k) for k in ('size', 'bs', 'per_photo', 'once', 'augment')}
-        crops['valid_size'] = budget(64, 64, plan.valid_size)
+        crops['valid_size'] = budget(96, 96, plan.valid_size)
         dls = recipe_dls(train, valid, part.recipe, **crops, cache=5000, n_workers=n_workers)
-        path, before = Path(checkpoint).with_suffix(f'.{i}.ckpt'), copy.deepcopy(model)
+        path = Path(checkpoint).with_suffix(f'.{i}.ckpt')
+        before = copy.deepcopy(model) if part.keep < 1 else None
         model.requires_grad_(True)  # a round against a critic freezes who is not trained
         scores = (part.run or run_learner)(model, dls, part, path, budget(2, 10, 100))
-        if part.keep < 1:
+        if before:
             mixed = interpolate(before.to(dls.device), model, part.keep)
             model.load_state_dict(mixed.state_dict())
         history.append({'epochs': part.epochs, **scores})

@@ -441,7 +441,9 @@ def speed_of_unet_training(n: int = 4):
 
     photos = [p for p in sample_photos('train').values() if min(p.size) >= 128] * 2 * n
     photos = photos[: 16 * n]
-    dls = recipe_dls(photos, photos[:1], 'gan', size=128, bs=16, augment=False, device='cpu')
+    dls = recipe_dls(
+        photos, photos[:1], RECIPES['gan'], size=128, bs=16, augment=False, device='cpu'
+    )
     kind = {'pretrained': False, 'blur': False, 'self_attention': False}
     model = get_unet(dls, 'test_resnet', **kind).model.train()
     optimizer = torch.optim.Adam(model.parameters())

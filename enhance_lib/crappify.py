@@ -270,7 +270,7 @@ RECIPES = {recipe.name: recipe for recipe in (
              size=Between(0.1, 0.2), shade=Between(0, 255)),
         Step('dither', 0.5, colors=Between(8, 32)),
     )),
-    Recipe('jpeg10', about='JPEG of quality 10; the clean photo rescaled, rotated', before=(
+    Recipe('jpeg10', about='JPEG of quality 10; clean rescaled, rotated', before=(
         Step('rescale', 0.5, factor=OneOf(0.9, 0.8, 0.7, 0.6)),
         Step('rotate', 0.5, degrees=OneOf(90, 180, 270)),
     ), steps=(Step('jpeg', quality=10),)),

@@ -42,16 +42,16 @@ app: TOKEN =
 app: $(READY)  ## serve the app in the browser (PORT=9000; for others HOST=0.0.0.0 TOKEN=a-password)
 	@$(BIN)/python tools/app.py --host '$(HOST)' --port '$(PORT)' --token '$(TOKEN)'
 
-test: $(READY)  ## everything that CI runs
+test: $(READY)  ## every test; the lessons are run by `make course`
 	@echo '== ruff: style and common mistakes'
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@echo '== how much there is to read'
 	@$(BIN)/python tools/table.py
-	@echo '== nbdev: every notebook, and the tests in it'
-	@ENHANCE_BUDGET=smoke $(BIN)/nbdev-test --n-workers 2
+	@echo '== nbdev: the tests in the toolbox and the applications (`make course` runs the lessons)'
+	@ENHANCE_BUDGET=smoke OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing --file-re '^[a-z]' --skip-file-re '^(index|glossary)'
 	@echo '== pytest: the promises of the project, and what lessons are the wrong place for'
-	@ENHANCE_BUDGET=smoke $(BIN)/pytest -q -rsx -n 2 tests
+	@ENHANCE_BUDGET=smoke OMP_NUM_THREADS=1 $(BIN)/pytest -q -rsx -n 2 tests
 
 weights: BUDGET = full
 weights: WORKERS = 0

@@ -189,7 +189,7 @@ def speed_of_predict():
 
         @torch.inference_mode()
         def plainly(plain=plain, degraded=degraded):
-            return to_photo(plain.enhance(to_tensor(degraded)))
+            return to_photo(plain.enhance_tile(to_tensor(degraded)))
 
         ways = {
             'plain': plainly,

@@ -4,6 +4,8 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared'
 
 
@@ -14,3 +16,10 @@ def yardstick():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def needs(path):
+    "Skip where a file or folder beside the project is missing, as it is for most."
+    return pytest.mark.skipif(
+        not path.exists(), reason=f'there is no {path.name} beside the project'
+    )

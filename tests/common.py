@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
 
 BANDS = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4}
@@ -18,6 +19,24 @@ def noise(size=(20, 14), mode='RGB', seed=0):
     shape = (size[1], size[0], BANDS[mode])
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(pixels[..., 0] if mode == 'L' else pixels, mode)
+
+
+def array(height, width, n_channels, dtype=np.uint8, seed=0):
+    "Random pixels (height, width, n_channels) over the whole range of their type."
+    top = np.iinfo(dtype).max
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, top, (height, width, n_channels), dtype, endpoint=True)
+
+
+def pieces(n=4, side=72, seed=0):
+    "Squares cut out of the held-out photos."
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
+        left, top = (int(rng.integers(s - side)) for s in photo.size)
+        found.append(photo.crop((left, top, left + side, top + side)))
+    return found
 
 
 def encoded(image, format, **options):
@@ -34,6 +53,13 @@ def pixels(image):
 def assert_same(one, other):
     assert (one.mode, one.size) == (other.mode, other.size)
     assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def one_line(error):
+    "The words of a caught error, which must be one sentence or a few on one line, not a page."
+    words = str(error.value)
+    assert words and '\n' not in words and len(words) < 600
+    return words
 
 
 def refused(*words):

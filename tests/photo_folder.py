@@ -20,13 +20,6 @@ NAMES = [
 both_modes = pytest.mark.parametrize('mode', ['L', 'RGB'])
 
 
-def one_line(error):
-    "The message of a caught error, which must be a single sentence or a few on one line."
-    message = str(error.value)
-    assert message and '\n' not in message
-    return message
-
-
 def smooth_photo(width=60, height=44, mode='RGB', seed=0):
     "A photo with soft shapes and some grain, so that every operation has something to change."
     rng = np.random.default_rng(seed)

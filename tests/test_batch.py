@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common import one_line
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from photo_folder import NAMES, contents, make_photos, one_line, rows, same, smooth_photo
+from photo_folder import NAMES, contents, make_photos, rows, same, smooth_photo
 from PIL import Image
 
 from enhance_lib.applications.batch import CrappifyPair, crappify_folder, resize_folder

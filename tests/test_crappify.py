@@ -8,9 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from common import one_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from photo_folder import both_modes, one_line, same, smooth_photo
+from photo_folder import both_modes, same, smooth_photo
 from PIL import Image
 from scipy.stats import chisquare
 

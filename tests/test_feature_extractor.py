@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from by_hand import batch
 from torch import nn
 from torch.nn import functional as F
 
 from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.features import LAYERS, feature_extractor
-
-
-def batch(*shape, seed=0):
-    "Random pictures."
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize('name', LAYERS)

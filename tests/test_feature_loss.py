@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from by_hand import batch
 from fastai.metrics import LossMetrics
 from torch import nn
 
@@ -17,11 +18,6 @@ from enhance_lib.toolbox.features import FeatureNet, feature_extractor, measurin
 from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.toolbox.show import Budget
 from enhance_lib.toolbox.training import psnr_learner
-
-
-def batch(*shape, seed=0):
-    "Random pictures."
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def known_net(*kernels):

@@ -8,11 +8,11 @@ import pickle
 import threading
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from beside import SHARED
-from PIL import Image
+from by_hand import MEAN, STD, batch
+from common import noise, one_line
 from torch import nn
 
 from enhance_lib.applications.scoreboard import _load_lpips, lpips
@@ -22,21 +22,6 @@ from enhance_lib.toolbox.features import FeatureNet, _load_net, feature_net, mea
 from enhance_lib.toolbox.show import Budget
 
 SQUEEZENET = SHARED / 'pretrained' / 'squeezenet1_1.pth'
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and '\n' not in message
-    return message
-
-
-def noise(width=20, height=14, mode='RGB', seed=0):
-    shape = (height, width, 3) if mode == 'RGB' else (height, width)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def batch(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +57,6 @@ def squeezenet(tmp_path_factory):
         path = tmp_path_factory.mktemp('made') / 'squeezenet1_1.pth'
         torch.save(squeezenet1_1().state_dict(), path)
     return path
-
-
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 def normal(x):
@@ -256,7 +238,7 @@ def test_an_empty_file_of_weights(tmp_path):
 
 def test_a_missing_file_of_weights(tmp_path, monkeypatch):
     monkeypatch.setenv('ENHANCE_FEATURES', str(tmp_path / 'nowhere.pth'))
-    for call in (feature_net, lambda: distance_by_default(noise(32, 32))):
+    for call in (feature_net, lambda: distance_by_default(noise((32, 32)))):
         with pytest.raises(EnhanceError, match='ENHANCE_FEATURES') as error:
             call()
         assert 'nowhere.pth' in one_line(error)
@@ -340,7 +322,7 @@ def test_the_network_is_downloaded_once(squeezenet, point_at, tmp_path):
         assert asked == [name]
     forget()
     assert same_features(feature_net(), first)  # and without a server
-    assert distance_by_default(noise(40, 40)) == 0
+    assert distance_by_default(noise((40, 40))) == 0
 
 
 def test_the_file_named_in_the_environment_spares_the_download(squeezenet, point_at, monkeypatch):
@@ -395,7 +377,7 @@ def test_the_name_that_torchvision_gives_its_file(squeezenet, tmp_path):
 
 
 def feature_net_by_lpips():
-    lpips(noise(32, 32), noise(32, 32))
+    lpips(noise((32, 32)), noise((32, 32)))
 
 
 @pytest.mark.parametrize(

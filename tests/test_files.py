@@ -17,7 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
-from common import BANDS, assert_same, encoded, noise, pixels, refused, silent
+from common import BANDS, array, assert_same, encoded, noise, pixels, refused, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
@@ -979,13 +979,6 @@ def test_nothing_to_find(tmp_path):
 
 
 # --- sixteen bits ----------------------------------------------------------------------------
-
-
-def array(height, width, n_channels, dtype=np.uint8, seed=0):
-    "Random pixels."
-    top = np.iinfo(dtype).max
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, top, (height, width, n_channels), dtype, endpoint=True)
 
 
 @pytest.mark.parametrize('n_channels', [1, 2, 3, 4])

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from photo_folder import NAMES, contents, make_photos, one_line, rows
+from common import one_line
+from photo_folder import NAMES, contents, make_photos, rows
 
 from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.files import write_atomically

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from beside import SHARED
+from beside import SHARED, needs
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from PIL import Image
@@ -37,7 +37,7 @@ from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.unet import UNet
 
 VAL = SHARED / 'data' / 'bsds500' / 'val'
-has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
+has_val = needs(VAL)
 
 
 class Tint(PhotoModel):

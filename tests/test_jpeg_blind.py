@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from beside import SHARED, yardstick
+from beside import SHARED, needs, yardstick
 from fastai.torch_core import set_seed
 from PIL import Image
 from scipy.fft import dctn
@@ -35,7 +35,7 @@ from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.toolbox.tensors import to_tensor
 
 VAL = SHARED / 'data' / 'bsds500' / 'val'
-has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
+has_val = needs(VAL)
 
 the_model = cache(load_model)  # for tests that leave it as it is
 

@@ -5,14 +5,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from beside import SHARED, yardstick
+from beside import SHARED, needs, yardstick
+from by_hand import COLORS, MEAN, batch, distance_by_hand, feature_net_of, flat
+from common import noise, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
-from torch import nn
 
 from enhance_lib.measure import (
     _ssim_on_gpu,
@@ -30,45 +31,8 @@ from enhance_lib.measure import (
 )
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.features import FeatureNet, feature_net
+from enhance_lib.toolbox.features import feature_net
 from enhance_lib.toolbox.tensors import to_photo, to_tensor
-
-
-def needs(path):
-    "Skip where a file beside the project is missing, as it is for most."
-    return pytest.mark.skipif(not path.exists(), reason=f'there is no {path}')
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and '\n' not in message
-    return message
-
-
-def noise(width=20, height=14, mode='RGB', seed=0):
-    shape = (height, width, 3) if mode == 'RGB' else (height, width)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def flat(level, size=(16, 16), mode='RGB'):
-    return Image.fromarray(np.full((*size[::-1], 3)[: 3 if mode == 'RGB' else 2], level, np.uint8))
-
-
-def batch(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tiny_net(*weights):
-    "A network of 1×1 layers (outputs, inputs), each tapped, so that its features are sums by hand."
-    layers = nn.Sequential(*(nn.Conv2d(len(w[0]), len(w), 1, bias=False) for w in weights))
-    with torch.no_grad():
-        for layer, w in zip(layers, weights):
-            layer.weight.copy_(torch.tensor(w)[:, :, None, None])
-    return FeatureNet(layers, tuple(range(len(weights))))
-
-
-COLORS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # features that are the colors
-
 
 # Agreement with other libraries
 
@@ -184,7 +148,7 @@ def test_figures_by_hand():
 
 
 def test_ssim_works_down_to_one_window():
-    a, b = noise(11, 11), noise(11, 11, seed=1)
+    a, b = noise((11, 11)), noise((11, 11), seed=1)
     expected = skimage_ssim(a, b, 255, -1)
     assert ssim(a, b) == pytest.approx(expected, abs=1e-6)
     assert ssim(to_tensor(a), to_tensor(b))[0] == pytest.approx(expected, abs=1e-4)
@@ -196,7 +160,13 @@ def test_measures_leave_no_graph_and_no_change():
     target = batch(2, 3, 40, 40)
     prediction = (target * 0.9).requires_grad_()
     kept = prediction.detach().clone()
-    for f in (mse, psnr, ssim, luma_psnr, lambda a, b: feature_distance(a, b, tiny_net(COLORS))):
+    for f in (
+        mse,
+        psnr,
+        ssim,
+        luma_psnr,
+        lambda a, b: feature_distance(a, b, feature_net_of(COLORS)),
+    ):
         values = f(prediction, target)
         assert not values.requires_grad and values.dtype == torch.float32
         assert torch.equal(values, f(prediction.double(), target.double()))
@@ -240,7 +210,7 @@ def test_ycbcr_is_not_rounded_by_half_precision():
 @few
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(0, 6), st.integers(0, 99))
 def test_luma_psnr_is_that_of_skimage(width, height, border, seed):
-    a, b = noise(width, height, seed=seed), noise(width, height, seed=seed + 100)
+    a, b = noise((width, height), seed=seed), noise((width, height), seed=seed + 100)
     if 2 * border >= min(width, height):
         with pytest.raises(EnhanceError, match=f'{border} pixels'):
             luma_psnr(a, b, border)
@@ -271,7 +241,7 @@ def test_cropping_takes_the_border_and_nothing_else():
     x = torch.arange(5 * 7).view(1, 5, 7)
     assert crop_border(x, 0).shape == (1, 5, 7)
     assert crop_border(x, 2).tolist() == [[[16, 17, 18]]]
-    clean = noise(12, 12)
+    clean = noise((12, 12))
     degraded = clean.copy()
     degraded.paste((255, 0, 9), (0, 0, 12, 2))  # spoil two rows at the top
     assert luma_psnr(degraded, clean, 1) < 40 and luma_psnr(degraded, clean, 2) == np.inf
@@ -280,7 +250,7 @@ def test_cropping_takes_the_border_and_nothing_else():
 # Bad input
 
 
-net = tiny_net(COLORS)
+net = feature_net_of(COLORS)
 
 
 def distance(a, b):
@@ -290,21 +260,21 @@ def distance(a, b):
 @pytest.mark.parametrize(
     'prediction, target, words',
     [
-        (noise(40, 32), noise(32, 40), ['40×32 RGB', '32×40 RGB']),
-        (noise(40, 40), noise(40, 40, 'L'), ['40×40 RGB', '40×40 L']),
-        (noise(40, 40), batch(1, 3, 40, 40), ['Image', 'Tensor']),
-        (batch(1, 3, 40, 40), noise(40, 40), ['Tensor', 'Image']),
+        (noise((40, 32)), noise((32, 40)), ['40×32 RGB', '32×40 RGB']),
+        (noise((40, 40)), noise((40, 40), 'L'), ['40×40 RGB', '40×40 L']),
+        (noise((40, 40)), batch(1, 3, 40, 40), ['Image', 'Tensor']),
+        (batch(1, 3, 40, 40), noise((40, 40)), ['Tensor', 'Image']),
         (np.zeros((40, 40, 3)), np.zeros((40, 40, 3)), ['ndarray and ndarray']),
-        (noise(40, 40), np.asarray(noise(40, 40)), ['Image', 'ndarray']),
+        (noise((40, 40)), np.asarray(noise((40, 40))), ['Image', 'ndarray']),
         (batch(3, 40, 40), batch(3, 40, 40), ['(3, 40, 40)', '(N, C, H, W)']),
         (batch(1, 3, 40, 40), batch(1, 3, 40, 41), ['(1, 3, 40, 40)', '(1, 3, 40, 41)']),
         (batch(1, 1, 40, 40), batch(1, 3, 40, 40), ['(1, 1, 40, 40)', '(1, 3, 40, 40)']),
         (batch(1, 3, 40, 40), batch(2, 3, 40, 40), ['(1, 3, 40, 40)', '(2, 3, 40, 40)']),
         (batch(0, 3, 40, 40), batch(0, 3, 40, 40), ['(0, 3, 40, 40)', 'no pixels']),
         (batch(1, 3, 0, 40), batch(1, 3, 0, 40), ['(1, 3, 0, 40)', 'no pixels']),
-        (noise(40, 40).convert('RGBA'), noise(40, 40).convert('RGBA'), ['RGBA', 'L or RGB']),
-        (noise(40, 40).convert('P'), noise(40, 40).convert('P'), ['mode P', 'L or RGB']),
-        (None, noise(40, 40), ['NoneType']),
+        (noise((40, 40)).convert('RGBA'), noise((40, 40)).convert('RGBA'), ['RGBA', 'L or RGB']),
+        (noise((40, 40)).convert('P'), noise((40, 40)).convert('P'), ['mode P', 'L or RGB']),
+        (None, noise((40, 40)), ['NoneType']),
         ('a.png', 'b.png', ['str and str']),
     ],
 )
@@ -348,7 +318,7 @@ def test_numbers_that_are_no_picture(which, wrong, words):
     'measured', [mse, psnr, ssim, luma_psnr, distance], ids=lambda f: f.__name__
 )
 def test_every_measure_checks_what_it_gets(measured):
-    x, photo = batch(1, 3, 40, 40), noise(40, 32)
+    x, photo = batch(1, 3, 40, 40), noise((40, 32))
     for pair in [(x * 255, x), (x, spoiled(torch.nan)), (x, x[..., :9]), (photo, x)]:
         with pytest.raises(EnhanceError):
             measured(*pair)
@@ -377,7 +347,7 @@ def test_a_prediction_may_leave_the_range_a_little():
     ],
 )
 def test_pictures_too_small(measured, size, words):
-    for a, b in [(noise(*size), noise(*size)), (to_tensor(noise(*size)),) * 2]:
+    for a, b in [(noise(size), noise(size)), (to_tensor(noise(size)),) * 2]:
         with pytest.raises(EnhanceError) as error:
             measured(a, b)
         assert all(w in one_line(error) for w in words)
@@ -385,7 +355,7 @@ def test_pictures_too_small(measured, size, words):
 
 @pytest.mark.parametrize('border', [-1, 7, 8, 1000])
 def test_cropping_too_much(border):
-    for a in (noise(20, 14), batch(2, 3, 14, 20)):
+    for a in (noise((20, 14)), batch(2, 3, 14, 20)):
         with pytest.raises(EnhanceError) as error:
             luma_psnr(a, a, border)
         assert f'{border} pixels' in one_line(error) and '20×14' in one_line(error)
@@ -399,7 +369,7 @@ def test_an_empty_photo():
 # Identical pictures
 
 
-@pytest.mark.parametrize('x', [noise(40, 36), noise(40, 36, 'L'), flat(0, (40, 40)), None])
+@pytest.mark.parametrize('x', [noise((40, 36)), noise((40, 36), 'L'), flat(0, (40, 40)), None])
 def test_identical_pictures_are_perfect_and_raise_no_warning(x):
     a, b = (batch(3, 3, 40, 36),) * 2 if x is None else (x, x.copy())
     perfect = {mse: 0.0, psnr: np.inf, ssim: 1.0, luma_psnr: np.inf, distance: 0.0}
@@ -415,19 +385,6 @@ def test_identical_pictures_are_perfect_and_raise_no_warning(x):
 
 # What a network sees
 
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-
-def by_hand(a, b, weights):
-    "The distance between two pictures (3, H, W) for `tiny_net(*weights)`, in plain NumPy."
-    a, b = ((x.transpose(1, 2, 0).astype(float) - MEAN) / STD for x in (a, b))
-    found = []
-    for w in weights:
-        a, b = a @ np.array(w).T, b @ np.array(w).T
-        p, t = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in (a, b))
-        found.append(((p - t) ** 2).sum(2).mean())
-    return np.mean(found)
-
 
 @pytest.mark.parametrize(
     'weights',
@@ -441,11 +398,11 @@ def by_hand(a, b, weights):
 def test_feature_distance_by_hand(weights):
     a, b = batch(3, 3, 33, 40), batch(3, 3, 33, 40, seed=1)
     b[2, :, :, :20] = a[2, :, :, :20]  # half of the third is the same
-    ours = feature_distance(a, b, tiny_net(*weights))
-    expected = [by_hand(p, t, weights) for p, t in zip(a.numpy(), b.numpy())]
+    ours = feature_distance(a, b, feature_net_of(*weights))
+    expected = [distance_by_hand(p, t, weights) for p, t in zip(a.numpy(), b.numpy())]
     assert ours.shape == (3,) and ours[2] < 0.7 * ours[1]
     np.testing.assert_allclose(ours, expected, rtol=1e-3)
-    photo = feature_distance(to_photo(a[0]), to_photo(b[0]), tiny_net(*weights))
+    photo = feature_distance(to_photo(a[0]), to_photo(b[0]), feature_net_of(*weights))
     assert type(photo) is float and photo == pytest.approx(expected[0], rel=0.02)
 
 
@@ -455,7 +412,7 @@ def test_features_at_right_angles_are_2_apart():
     colors[0, 0] += 0.1
     colors[1, 1] += 0.1
     colors[2, 0] += 0.3
-    values = feature_distance(colors[[0, 0]], colors[[1, 2]], tiny_net(COLORS))
+    values = feature_distance(colors[[0, 0]], colors[[1, 2]], feature_net_of(COLORS))
     assert values.tolist() == [pytest.approx(2, abs=1e-3), pytest.approx(0, abs=1e-3)]
 
 
@@ -467,7 +424,7 @@ def test_gray_is_color_with_three_channels_alike():
         gray, feature_distance(*(x.expand(-1, 3, -1, -1) for x in (a, b)), net)
     )
     assert gray.min() > 1e-4
-    photos = noise(32, 32, 'L'), noise(32, 32, 'L', seed=1)
+    photos = noise((32, 32), 'L'), noise((32, 32), 'L', seed=1)
     assert distance(*photos) == pytest.approx(distance(*(p.convert('RGB') for p in photos)))
 
 
@@ -515,7 +472,7 @@ def test_waves_show_at_their_frequency(frequency, angle):
 
 def test_rings_cover_everything_up_to_the_finest_wave():
     for rings in (1, 10, 64):
-        frequencies, _ = radial_spectrum(noise(150, 128, 'L'), rings)
+        frequencies, _ = radial_spectrum(noise((150, 128), 'L'), rings)
         edges = np.linspace(0, 0.5, rings + 1)
         np.testing.assert_allclose(frequencies, (edges[1:] + edges[:-1]) / 2)
     # long photos too: the wave is as fine along both sides
@@ -537,7 +494,7 @@ def test_white_noise_has_its_variance_at_every_frequency(sigma):
 
 def test_the_spectrum_of_other_modes():
     "One channel is luma as it is; of colors the luma has 219 levels between black and white."
-    gray = noise(140, 130, 'L')
+    gray = noise((140, 130), 'L')
     _, expected = radial_spectrum(gray)
     faint = 20 * np.log10(219 / 255)
     color = gray.convert('RGB')
@@ -549,8 +506,8 @@ def test_the_spectrum_of_other_modes():
     ]:
         _, decibels = radial_spectrum(photo)
         np.testing.assert_allclose(decibels, expected + change, atol=0.01)
-    _, ours = radial_spectrum(noise(140, 130))
-    y = rgb2ycbcr(noise(140, 130))[..., 0]
+    _, ours = radial_spectrum(noise((140, 130)))
+    y = rgb2ycbcr(noise((140, 130)))[..., 0]
     y = Image.fromarray(np.rint(y).astype(np.uint8))
     np.testing.assert_allclose(ours, radial_spectrum(y)[1], atol=0.2)
 
@@ -570,10 +527,10 @@ def test_a_flat_photo_has_no_detail():
 @pytest.mark.parametrize('size', [(127, 400), (400, 127), (1, 1)])
 def test_a_photo_too_small_for_the_spectrum(size):
     with pytest.raises(EnhanceError, match='64 rings need 128') as error:
-        radial_spectrum(noise(*size, 'L'))
+        radial_spectrum(noise(size, 'L'))
     assert f'not {min(size)}' in one_line(error)
     with pytest.raises(EnhanceError, match='70 rings need 140'):
-        radial_spectrum(noise(139, 200), 70)
+        radial_spectrum(noise((139, 200)), 70)
 
 
 # Fine detail
@@ -581,7 +538,7 @@ def test_a_photo_too_small_for_the_spectrum(size):
 
 def test_fine_detail_by_hand():
     "Half the contrast is a quarter of the power; noise adds, and a soft photo lacks."
-    photo = noise(150, 130)
+    photo = noise((150, 130))
     half = photo.point(lambda v: 64 + v // 2)
     assert fine_detail(photo, photo) == 0
     assert fine_detail(half, photo) == pytest.approx(-20 * np.log10(2), abs=0.1)
@@ -593,8 +550,8 @@ def test_fine_detail_by_hand():
 
 
 def test_fine_detail_of_photos_that_are_small_or_differ():
-    assert fine_detail(noise(32, 33), noise(32, 33)) == 0
+    assert fine_detail(noise((32, 33)), noise((32, 33))) == 0
     with pytest.raises(EnhanceError, match='need 32 pixels per side, not 31'):
-        fine_detail(noise(31, 40), noise(31, 40))
+        fine_detail(noise((31, 40)), noise((31, 40)))
     with pytest.raises(EnhanceError, match='differ'):
-        fine_detail(noise(40, 40), noise(41, 40))
+        fine_detail(noise((40, 40)), noise((41, 40)))

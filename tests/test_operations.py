@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from photo_folder import both_modes, one_line, same, smooth_photo
+from common import one_line
+from photo_folder import both_modes, same, smooth_photo
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from enhance_lib.crappify import apply_steps  # and the operations of lesson 01 are in the table

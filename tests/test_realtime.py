@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from beside import SHARED, yardstick
+from beside import SHARED, needs, yardstick
+from common import one_line, pieces
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from PIL import Image
@@ -42,14 +43,7 @@ from enhance_lib.toolbox.tensors import to_tensor
 
 NAMES = [name for name in published() if name.startswith('realtime')]
 SET5 = SHARED / 'data' / 'bench' / 'Set5'
-has_set5 = pytest.mark.skipif(not SET5.is_dir(), reason='Set5 does not lie beside it')
-
-
-def one_line(error):
-    "The words of an error, which must be one sentence or two, not a page."
-    words = str(error.value)
-    assert '\n' not in words and len(words) < 400
-    return words
+has_set5 = needs(SET5)
 
 
 class Seen(FeatureNet):
@@ -58,17 +52,6 @@ class Seen(FeatureNet):
     def __init__(self):
         torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), (1,))
-
-
-def pieces(n=4, side=72, seed=0):
-    "Pieces of photos."
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(n):
-        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
-        left, top = (int(rng.integers(s - side)) for s in photo.size)
-        found.append(photo.crop((left, top, left + side, top + side)))
-    return found
 
 
 def small_dls(scale=4, n=4, size=64, bs=2):

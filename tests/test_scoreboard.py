@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from beside import SHARED
+from beside import SHARED, needs
+from by_hand import COLORS, batch, distance_by_hand, feature_net_of, flat
+from common import noise, one_line
 from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import nn
 
 import enhance_lib.applications.scoreboard as module
 from enhance_lib.applications.scoreboard import (
@@ -25,64 +26,13 @@ from enhance_lib.applications.scoreboard import (
 )
 from enhance_lib.toolbox.datasets import sample_photo, sample_photos
 from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.features import FeatureNet
 from enhance_lib.toolbox.operations import resize
 from enhance_lib.toolbox.tensors import to_tensor
 
 SQUEEZENET = SHARED / 'pretrained' / 'squeezenet1_1.pth'
 
 
-def needs(path):
-    "Skip where a file beside the project is missing, as it is for most."
-    return pytest.mark.skipif(not path.exists(), reason=f'there is no {path}')
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and '\n' not in message
-    return message
-
-
-def noise(width=20, height=14, mode='RGB', seed=0):
-    shape = (height, width, 3) if mode == 'RGB' else (height, width)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def flat(level, size=(16, 16), mode='RGB'):
-    return Image.fromarray(np.full((*size[::-1], 3)[: 3 if mode == 'RGB' else 2], level, np.uint8))
-
-
-def batch(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tiny_net(*weights):
-    "A network of 1×1 layers (outputs, inputs), each tapped, so that its features are sums by hand."
-    layers = nn.Sequential(*(nn.Conv2d(len(w[0]), len(w), 1, bias=False) for w in weights))
-    with torch.no_grad():
-        for layer, w in zip(layers, weights):
-            layer.weight.copy_(torch.tensor(w)[:, :, None, None])
-    return FeatureNet(layers, tuple(range(len(weights))))
-
-
-COLORS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # features that are the colors
-
-
-net = tiny_net(COLORS)
-
-
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-
-def by_hand(a, b, weights):
-    "The distance between two pictures (3, H, W) for `tiny_net(*weights)`, in plain NumPy."
-    a, b = ((x.transpose(1, 2, 0).astype(float) - MEAN) / STD for x in (a, b))
-    found = []
-    for w in weights:
-        a, b = a @ np.array(w).T, b @ np.array(w).T
-        p, t = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in (a, b))
-        found.append(((p - t) ** 2).sum(2).mean())
-    return np.mean(found)
+net = feature_net_of(COLORS)
 
 
 def skimage_psnr(a, b, data_range):
@@ -128,7 +78,7 @@ SIZES = [('LR', (6, 4)), ('HR', (12, 8))]
 
 
 def test_bench_pairs(tmp_path):
-    photos = {f'{n}_{k}.png': noise(*s, seed=i) for i, n in enumerate('ab') for k, s in SIZES}
+    photos = {f'{n}_{k}.png': noise(s, seed=i) for i, n in enumerate('ab') for k, s in SIZES}
     for name, photo in photos.items():
         photo.save(tmp_path / name)
     noise().save(tmp_path / 'other.png')
@@ -156,7 +106,7 @@ def test_bench_pairs_in_a_folder_of_that_name(where, tmp_path):
     folder = tmp_path / where
     folder.mkdir(parents=True)
     for kind, size in SIZES:
-        noise(*size).save(folder / f'a_{kind}.png')
+        noise(size).save(folder / f'a_{kind}.png')
     assert [(degraded.size, clean.size) for degraded, clean in bench_pairs(folder)] == [
         ((6, 4), (12, 8))
     ]
@@ -223,7 +173,7 @@ def test_the_row_of_the_input_is_worked_out_with_skimage(task, small_tasks):
             [
                 skimage_psnr(a, b, 255),
                 skimage_ssim(a, b, 255, None),
-                by_hand(*rgb, [COLORS]),
+                distance_by_hand(*rgb, [COLORS]),
                 clean.width * clean.height,
             ]
         )
@@ -469,19 +419,19 @@ def test_lpips_of_a_target_a_little_out_of_range(network_is_there):
 
 def test_lpips_offline(store):
     with pytest.raises(EnhanceError, match='could not be downloaded') as error:
-        lpips(noise(40, 40), noise(40, 40))
+        lpips(noise((40, 40)), noise((40, 40)))
     assert 'LPIPS' in one_line(error) and 'feature_distance' in one_line(error)
 
 
 def test_lpips_needs_color():
     with pytest.raises(EnhanceError, match='color') as error:
-        lpips(noise(40, 40, 'L'), noise(40, 40, 'L'))
+        lpips(noise((40, 40), 'L'), noise((40, 40), 'L'))
     assert '(1, 40, 40)' in one_line(error)
     with pytest.raises(EnhanceError, match="'resnet'.*'squeeze', 'alex' or 'vgg'"):
-        lpips(noise(40, 40), noise(40, 40), 'resnet')
+        lpips(noise((40, 40)), noise((40, 40)), 'resnet')
 
 
 def test_lpips_needs_pictures_that_are_large_enough():
     for size in ((31, 40), (40, 31)):
         with pytest.raises(EnhanceError, match='32×32'):
-            lpips(noise(*size), noise(*size))
+            lpips(noise(size), noise(size))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from common import BANDS, assert_same, noise, refused
+from common import BANDS, array, assert_same, noise, refused
+from echo import Same
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -126,26 +127,6 @@ def test_impossible_grids(most, multiple):
 
 
 # --- a network over tiles -------------------------------------------------------------------
-
-
-def array(height, width, n_channels, dtype=np.uint8, seed=0):
-    top = np.iinfo(dtype).max
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, top, (height, width, n_channels), dtype, endpoint=True)
-
-
-class Same(PhotoModel):
-    "Gives back what it gets, and notes the sizes (height, width)."
-
-    margin, tile = 0, 4096
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def forward(self, x):
-        self.sizes.append(tuple(x.shape[2:]))
-        return x
 
 
 class Convs(PhotoModel):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from common import pieces
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from PIL import Image
@@ -14,7 +15,6 @@ from skimage.metrics import peak_signal_noise_ratio
 import enhance_lib.applications.train as module
 from enhance_lib.applications.train import TrainingPlan, export_unet, train_unet
 from enhance_lib.crappify import RECIPES
-from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.models import load_model
 from enhance_lib.toolbox.pairs import recipe_dls
@@ -22,17 +22,6 @@ from enhance_lib.toolbox.tensors import to_tensor
 from enhance_lib.unet import get_unet
 
 SMALL = {'model_name': 'test_resnet', 'pretrained': False}
-
-
-def pieces(n=4, side=72, seed=0):
-    "Pieces of photos."
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(n):
-        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
-        left, top = (int(rng.integers(s - side)) for s in photo.size)
-        found.append(photo.crop((left, top, left + side, top + side)))
-    return found
 
 
 def test_what_is_kept_gives_the_same_photos(tmp_path):

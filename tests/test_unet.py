@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from beside import SHARED
+from beside import SHARED, needs
+from common import one_line, pieces
 from fastai.layers import NormType
 from fastai.optimizer import Adam
 from PIL import Image
@@ -40,26 +41,8 @@ from enhance_lib.unet import (
 SMALL = {'model_name': 'test_resnet', 'pretrained': False}
 PLAIN = {'blur': False, 'self_attention': False}
 VAL = SHARED / 'data' / 'bsds500' / 'val'
-has_val = pytest.mark.skipif(not VAL.is_dir(), reason='BSDS500 does not lie beside it')
+has_val = needs(VAL)
 both = pytest.mark.parametrize('name', ['unet-mse', 'unet-feature'])
-
-
-def one_line(error):
-    "The words of an error, which must be one sentence or two, not a page."
-    words = str(error.value)
-    assert '\n' not in words and len(words) < 400
-    return words
-
-
-def pieces(n=4, side=72, seed=0):
-    "Pieces of photos."
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(n):
-        photo = sample_photo(('cat', 'coffee', 'china')[i % 3])
-        left, top = (int(rng.integers(s - side)) for s in photo.size)
-        found.append(photo.crop((left, top, left + side, top + side)))
-    return found
 
 
 def small_dls(n=4, size=64, bs=2, recipe=RECIPES['gan'], seed=0):

@@ -154,7 +154,7 @@ def critic_learner(
 
 # %% ../nbs/07_gan.ipynb #ebfdffbe
 def wasserstein(
-    prediction: torch.Tensor,  # (N, places)
+    prediction: torch.Tensor,  # (N, places), higher for a photo
     label: torch.Tensor,  # (N,): 1 for a photo, 0 for a generated picture
 ) -> torch.Tensor:  # a number without bounds
     "Photos up, generated pictures down (Arjovsky et al. 2017, with the sign of a loss)."
@@ -162,7 +162,7 @@ def wasserstein(
 
 
 def gradient_penalty(
-    critic: nn.Module,
+    critic: nn.Module,  # (N, 3, H, W) in [0, 1] -> (N, places)
     clean: torch.Tensor,  # (N, 3, H, W) in [0, 1]
     generated: torch.Tensor,  # the same
 ) -> torch.Tensor:  # a number: 0 where the slope of the critic is 1

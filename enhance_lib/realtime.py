@@ -67,7 +67,7 @@ class RRDB(nn.Module):
     def __init__(
         self,
         norm: bool = False,  # batch norm after each convolution
-        n_blocks: int = 3,
+        n_blocks: int = 3,  # dense blocks
     ):
         super().__init__()
         self.blocks = nn.Sequential(*[DenseBlock(norm=norm) for _ in range(n_blocks)])

@@ -1,8 +1,9 @@
-"Batches, and networks whose features can be worked out by hand."
+"Measures worked out by hand or by scikit-image, and what they are worked out on."
 
 import numpy as np
 import torch
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from enhance_lib.toolbox.features import FeatureNet
@@ -40,3 +41,19 @@ def distance_by_hand(a, b, weights):
         p, t = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in (a, b))
         found.append(((p - t) ** 2).sum(2).mean())
     return np.mean(found)
+
+
+def skimage_psnr(a, b, data_range):
+    with np.errstate(divide='ignore'):
+        return peak_signal_noise_ratio(a, b, data_range=data_range)
+
+
+def skimage_ssim(a, b, data_range, channel_axis):
+    return structural_similarity(
+        *(np.asarray(x, float) for x in (a, b)),
+        data_range=data_range,
+        channel_axis=channel_axis,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )

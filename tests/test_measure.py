@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 from beside import SHARED, needs, yardstick
-from by_hand import COLORS, MEAN, batch, distance_by_hand, feature_net_of, flat
+from by_hand import (
+    COLORS,
+    MEAN,
+    batch,
+    distance_by_hand,
+    feature_net_of,
+    flat,
+    skimage_psnr,
+    skimage_ssim,
+)
 from common import noise, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
-from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import mean_squared_error
 
 from enhance_lib.measure import (
     _ssim_on_gpu,
@@ -48,22 +57,6 @@ def two_pictures(draw, smallest=1):
     near = np.random.default_rng(draw(st.integers(0, 99))).integers(-9, 10, shape)
     b = draw(st.sampled_from([(a + near).clip(0, 255).astype(np.uint8), 255 - a, a]))
     return a, b
-
-
-def skimage_psnr(a, b, data_range):
-    with np.errstate(divide='ignore'):
-        return peak_signal_noise_ratio(a, b, data_range=data_range)
-
-
-def skimage_ssim(a, b, data_range, channel_axis):
-    return structural_similarity(
-        *(np.asarray(x, float) for x in (a, b)),
-        data_range=data_range,
-        channel_axis=channel_axis,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
 
 
 @few

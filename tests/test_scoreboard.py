@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 from beside import SHARED, needs
-from by_hand import COLORS, batch, distance_by_hand, feature_net_of, flat
+from by_hand import (
+    COLORS,
+    batch,
+    distance_by_hand,
+    feature_net_of,
+    flat,
+    skimage_psnr,
+    skimage_ssim,
+)
 from common import noise, one_line
 from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import enhance_lib.applications.scoreboard as module
 from enhance_lib.applications.scoreboard import (
@@ -33,22 +40,6 @@ SQUEEZENET = SHARED / 'pretrained' / 'squeezenet1_1.pth'
 
 
 net = feature_net_of(COLORS)
-
-
-def skimage_psnr(a, b, data_range):
-    with np.errstate(divide='ignore'):
-        return peak_signal_noise_ratio(a, b, data_range=data_range)
-
-
-def skimage_ssim(a, b, data_range, channel_axis):
-    return structural_similarity(
-        *(np.asarray(x, float) for x in (a, b)),
-        data_range=data_range,
-        channel_axis=channel_axis,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
 
 
 # Pairs

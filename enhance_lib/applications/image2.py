@@ -60,7 +60,7 @@ def upgrade(
     enhancement_level: int = 3,  # 1 to 10
     enlarge: bool = True,  # False: enhance at the size it has
     device=None,  # by default the fastest here
-) -> Image.Image:
+) -> Image.Image:  # of the same mode
     "`predict` with the scale that suits the photo (`find_scale_factor`). Raises `EnhanceError`."
     photo = open_photo(img, None)
     scale = find_scale_factor(photo, enlarge)
@@ -72,8 +72,8 @@ def compare(
     model: PhotoModel,  # from `load_model`
     img,  # a photo or its path
     enhancement_level: int = 3,  # 1 to 10
-    enlarge: bool = True,
-    device=None,
+    enlarge: bool = True,  # False: enhance at the size it has
+    device=None,  # by default the fastest here
 ) -> tuple[Image.Image, Image.Image]:  # of the same size
     "The upgraded photo and the merely enlarged one, for side by side. Raises `EnhanceError`."
     pixels, info = open_pixels(open_photo(img, None))

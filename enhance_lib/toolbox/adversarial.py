@@ -145,8 +145,8 @@ class _QuietLearner(GANLearner):
 
 def adversarial_learner(
     dls,  # of (degraded, clean) batches in [0, 1]
-    generator: nn.Module,
-    critic: nn.Module,
+    generator: nn.Module,  # degraded -> clean, (N, 3, H, W) in [0, 1]
+    critic: nn.Module,  # pictures (N, 3, H, W) in [0, 1] -> (N, 1 or more)
     losses: tuple,  # for the generator, f(judged, made, clean); for the critic, f(real, fake)
     switcher: Callback,  # fastai's, which says who trains
     measures: dict,  # for `GANMonitor`

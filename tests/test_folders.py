@@ -119,6 +119,7 @@ def test_name_that_is_no_text_is_no_reason_to_stop(photos, tmp_path):
         (['a.jpg', 'a.jpg.png', 'a.png'], ['a.jpg.png', 'a.jpg.png.png', 'a.png.png']),
         (['a.JPG', 'a.jpeg'], ['a.JPG.png', 'a.jpeg.png']),
         (['A.jpg', 'a.png'], ['A.jpg.png', 'a.png.png']),  # one file, on many disks
+        (['A.JPG.webp', 'A.png', 'a.jpg'], ['A.JPG.webp.png', 'A.png.png', 'a.jpg.png']),
     ],
 )
 def test_same_names_of_different_formats_all_survive(tmp_path, names, expected):

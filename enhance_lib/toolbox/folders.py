@@ -263,9 +263,9 @@ def output_names(
     long = {name: name + suffix for name in photos}
     # many disks take Cat.png and cat.png for the same file: casefold
     uses = Counter(name.casefold() for name in short.values())
-    taken = set(long.values())
+    taken = {name.casefold() for name in long.values()}
     names = {}
     for name, photo in photos.items():
-        clash = uses[short[name].casefold()] > 1 or short[name] in taken
+        clash = uses[short[name].casefold()] > 1 or short[name].casefold() in taken
         names[long[name] if clash else short[name]] = photo
     return names

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..crappify import get_recipe
 from ..feature_loss import PRESETS, feature_loss
-from ..toolbox.datasets import read_table
+from ..toolbox.datasets import split_photos
 from ..toolbox.errors import EnhanceError, check_choice
-from ..toolbox.files import find_photos, write_atomically
+from ..toolbox.files import write_atomically
 from ..toolbox.models import save_weights
 from ..toolbox.pairs import folder_dls, recipe_dls
 from ..toolbox.training import Augment, set_seed
@@ -84,17 +84,12 @@ class TrainingPlan:
         return pixels[self.loss] if self.loss in pixels else feature_loss(self.loss)
 
     def loaders(self, size: int, device=None):
-        "`DataLoaders` of crops of one size: from two folders, or from one and the recipe."
+        "`DataLoaders` of size × size pixels: from two folders, or from one and the recipe."
         options = {'size': size, 'bs': self.bs, 'n_workers': self.n_workers, 'device': device}
         if self.degraded is not None:
             return folder_dls(self.clean, self.degraded, table=self.table, **options)
-        if self.table is None:
-            names = find_photos(self.clean)
-            held_out = [i % 10 == 0 for i in range(len(names))]
-        else:
-            rows = read_table(self.table, self.clean)
-            names, held_out = [Path(self.clean) / n for n in rows['fnames']], rows['is_val']
-        train, valid = ([n for n, h in zip(names, held_out) if h == v] for v in (False, True))
+        halves = split_photos(self.clean, self.table)
+        train, valid = ([Path(self.clean) / name for name in names] for names in halves)
         return recipe_dls(train, valid, get_recipe(self.recipe), augment=False, **options)
 
 # %% ../../nbs/applications/train.ipynb #fb88b28c

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'DATASETS', 'Sample', 'sample_photo', 'sample_photos', 'name_lot', 'write_table', 'read_table',
-           'make_sheet', 'split_sheet', 'PhotoSet', 'datasets_table', 'datasets_markdown', 'data_folder', 'get_dataset']
+           'split_photos', 'make_sheet', 'split_sheet', 'PhotoSet', 'datasets_table', 'datasets_markdown',
+           'data_folder', 'get_dataset']
 
 # %% ../../nbs/toolbox/datasets.ipynb #0150cc31
 import hashlib
@@ -144,6 +145,19 @@ def read_table(
             first = ', '.join(gone[:10]) + (', …' if len(gone) > 10 else '')
             raise EnhanceError(f"{len(gone)} photos of '{path}' are not in '{folder}': {first}")
     return table
+
+# %% ../../nbs/toolbox/datasets.ipynb #bba7d1e6
+def split_photos(
+    folder: str | Path,  # of photos
+    table: str | Path | None = None,  # for `read_table`; None: every tenth photo validates
+) -> tuple[list[Path], list[Path]]:  # names in `folder`: to train on, to validate with
+    "The photos of a folder in two halves. Raises `EnhanceError`, as `read_table` does."
+    if table is None:
+        names = [p.relative_to(folder) for p in find_photos(folder)]
+        return [n for i, n in enumerate(names) if i % 10], names[::10]
+    rows = read_table(table, folder)
+    split = [[Path(n) for n in rows['fnames'][rows['is_val'] == held]] for held in (False, True)]
+    return tuple(split)
 
 # %% ../../nbs/toolbox/datasets.ipynb #24f34a70
 def make_sheet(

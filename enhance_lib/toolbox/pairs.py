@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .datasets import read_table
+from .datasets import split_photos
 from .device import layout, pick_device
 from .errors import EnhanceError
 from .files import find_photos, open_photo
@@ -274,20 +274,13 @@ def folder_dls(
 ) -> DataLoaders:  # of (degraded, clean) batches in [0, 1]
     "Pairs from two folders; without a table every tenth photo validates. Raises `EnhanceError`."
     clean, degraded = Path(clean), Path(degraded)
-    if table is None:
-        names = [p.relative_to(clean) for p in find_photos(clean)]
-        held_out = [i % 10 == 0 for i in range(len(names))]
-    else:
-        rows = read_table(table, clean)
-        names, held_out = [Path(n) for n in rows['fnames']], list(rows['is_val'])
+    train, valid = split_photos(clean, table)
     versions = degraded_versions(clean, degraded)
-    lost = [str(n) for n in names if n not in versions]
+    lost = [str(n) for n in sorted([*train, *valid]) if n not in versions]
     if lost:
         shown = ', '.join(lost[:10]) + (', …' if len(lost) > 10 else '')
         raise EnhanceError(f"{len(lost)} photos have no degraded version in '{degraded}': {shown}")
 
     make = partial(_from_disk, clean, versions, PhotoCache(cache), size)
-    train = [n for n, held in zip(names, held_out) if not held]
-    valid = [n for n, held in zip(names, held_out) if held]
     to_train = Pairs(make, train, per_photo, augment=augment)
     return pair_loaders(to_train, Pairs(make, valid, fixed=True), bs, n_workers, device)

@@ -109,12 +109,15 @@ class BatchPSNR(Metric):
         self.values = []
 
     def accumulate(self, learn):
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
         batch, clean = learn.xb[0] if self.of == 'x' else learn.pred, learn.yb[0].float()
         if batch.shape[2:] != clean.shape[2:]:  # the input of super-resolution
             # only with antialias torch's bicubic is that of Pillow, also where it enlarges
             batch = F.interpolate(batch, clean.shape[2:], mode='bicubic', antialias=True)
-        error = (batch.float().clamp(0, 1) - clean).square().mean((1, 2, 3))
-        self.values += (-10 * error.clamp(min=1e-10).log10()).tolist()  # 100 dB at most
+        pair, each = (batch.float().clamp(0, 1), clean), {'dim': (1, 2, 3), 'reduction': 'none'}
+        values = peak_signal_noise_ratio(*pair, data_range=1.0, **each)
+        self.values += values.clamp(max=100).tolist()  # identical photos would be infinite
 
     @property
     def value(self):

@@ -254,13 +254,12 @@ def generator_content(
 ) -> Callable:  # loss(prediction, target)
     "What holds a generator to the photo: content and style. Raises `EnhanceError`."
     from enhance_lib.feature_loss import FeatureLoss, feature_loss
-    from enhance_lib.toolbox.features import feature_extractor
+    from enhance_lib.toolbox.features import LPIPS_LAYERS, feature_extractor
 
     check_choice('content loss on', network, ('squeezenet', 'vgg19'))
     if network == 'squeezenet':
-        layers = (1, 4, 7, 9, 10, 11, 12)
         options = {'features': 7 * (1 / 7,), 'gram': (), 'pixel': 0.0, 'unit': True}
-        losses = [FeatureLoss(feature_extractor(layers=layers, weights=weights), **options)]
+        losses = [FeatureLoss(feature_extractor(layers=LPIPS_LAYERS, weights=weights), **options)]
     else:
         of_style = weights if weights == 'random' else None  # another network than VGG-19
         losses = [feature_loss('content', weights), feature_loss('style', of_style)]

@@ -36,10 +36,6 @@ def photos(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def random_features(monkeypatch):
     "The trained network is not needed to see that a round runs."
-    real = publish.feature_extractor
-    monkeypatch.setattr(
-        publish, 'feature_extractor', lambda **options: real(**{**options, 'weights': 'random'})
-    )
     monkeypatch.setenv('ENHANCE_FEATURES', 'random')
 
 

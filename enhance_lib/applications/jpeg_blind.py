@@ -89,14 +89,14 @@ class DamageEstimator(nn.Module):
         )
 
     def strength(self, x, waves):
-        "The logarithm of the mean strength of waves around each 8×8 pixels."
+        "The logarithm of the mean strength of waves around each 8×8 pixels, (N, waves, H/8, W/8)."
         found = F.conv2d(F.pad(x, (4, 4, 4, 4), mode='replicate'), waves, stride=4).abs()
         found = F.avg_pool2d(F.pad(found, (2, 2, 2, 2), mode='replicate'), 6, 2)
         found = found[..., : x.shape[2] // 8, : x.shape[3] // 8]
         return _scaled_log(found, 2e-4, LOG_STRENGTH)
 
     def phases(self, lines):
-        "The mean strength of upright lines in each column of the blocks, strongest first."
+        "Upright lines: mean strength in each column of the blocks, sorted, (N, 8, H/8, W/8)."
         n, _, h, w = lines.shape
         found = lines.view(n, h // 8, 8, w // 8, 8).mean(2).permute(0, 3, 1, 2)
         found = F.avg_pool2d(F.pad(found, (2, 2, 2, 2), mode='replicate'), 5, 1)

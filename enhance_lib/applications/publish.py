@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANY_SIZE', 'SMALLER', 'GAN', 'TEXT', 'X4', 'X4_ANY', 'PUBLISHED', 'Round', 'Training', 'run_learner', 'run_by_hand',
            'run_blind', 'run_relativistic', 'run_against_critic', 'resized', 'mostly_bicubic', 'srcnn', 'jpeg_10',
-           'seen_loss', 'unet', 'crisp', 'started', 'shortened', 'train_published']
+           'features', 'unet', 'crisp', 'started', 'shortened', 'train_published']
 
 # %% ../../nbs/applications/publish.ipynb #44e4699f
 import copy
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from .jpeg_blind import BlindRestorer, learn_damage
 from .scoreboard import TASKS
 from ..crappify import OneOf, Recipe, Step, get_recipe
-from ..feature_loss import FeatureLoss
 from ..gan import Critic, fit_gan, gan_learner
 from enhance_lib.jpeg_restorer import (
     WEB,
@@ -36,8 +35,7 @@ from enhance_lib.realtime import (
     realtime_gan,
 )
 from ..srcnn import SRCNN, fit
-from ..toolbox.errors import EnhanceError, nearest_names
-from ..toolbox.features import feature_extractor
+from ..toolbox.errors import check_choice
 from ..toolbox.models import PhotoModel, load_model
 from ..toolbox.pairs import recipe_dls
 from ..toolbox.show import Budget
@@ -52,9 +50,7 @@ class Round:
     recipe: Recipe  # makes the pairs
     epochs: int
     lr: float  # the highest learning rate
-    loss: Callable = lambda: (
-        F.l1_loss
-    )  # called when the round begins: gives loss(prediction, target)
+    loss: Callable = lambda: F.l1_loss  # called at the beginning, for loss(prediction, target)
     size: int = 128  # side of a clean crop, in pixels
     bs: int = 16  # pairs in a batch
     per_photo: int = 10  # crops that an epoch takes from each photo
@@ -109,7 +105,7 @@ def run_relativistic(weight):
 
     def run(model, dls, part, path, every):
         learn = realtime_gan(dls, model, None, part.loss(), weight, every)
-        fit_gan(learn, (part.epochs,), (part.lr,), path.with_suffix(''))
+        fit_gan(learn, (part.epochs,), (part.lr,), path.with_suffix(''), decay=0.999)
         return learn.gan_monitor.scores[-1]
 
     return run
@@ -120,7 +116,7 @@ def run_against_critic(weights, **critic):
 
     def run(model, dls, part, path, every):
         learn = gan_learner(dls, model, Critic(**critic), part.loss(), weights, every=every)
-        fit_gan(learn, (part.epochs,), (part.lr,), path.with_suffix(''))
+        fit_gan(learn, (part.epochs,), (part.lr,), path.with_suffix(''), decay=0.999)
         return learn.gan_monitor.scores[-1]
 
     return run
@@ -158,16 +154,14 @@ def jpeg_10(gray: float, bs: int, per_photo: int, epochs: int, lr: float, flat: 
     return Round(recipe, epochs, lr, lambda: root_mse, **same)
 
 
-def seen_loss(pixel: float) -> Callable:
-    "A loss on the features of SqueezeNet, compared as LPIPS compares them, and a little L1."
-    layers = (1, 4, 7, 9, 10, 11, 12)
-    options = {'unit': True, 'features': 7 * (1 / 7,), 'gram': (), 'pixel': pixel}
-    return lambda: FeatureLoss(feature_extractor(layers=layers), **options)
+def features(pixel: float) -> Callable:
+    "A loss on the features of SqueezeNet, compared as LPIPS compares them, and this much L1."
+    return lambda: generator_content(pixel=pixel)
 
 
 def unet(
     recipe: Recipe, loss: Callable, size: int, bs: int, per_photo: int, epochs: int, lr: float
-):
+) -> Round:
     "A round of a U-Net."
     same = {'size': size, 'bs': bs, 'per_photo': per_photo, 'flat': 0.3, 'augment': False}
     return Round(recipe, epochs, lr, loss, **same)
@@ -175,7 +169,7 @@ def unet(
 
 def crisp(recipe: Recipe, pixel: float, epochs: int, lr: float, **options) -> Round:
     "A round on features, with this weight of the pixels."
-    return Round(recipe, epochs, lr, lambda: generator_content(pixel=pixel), **options)
+    return Round(recipe, epochs, lr, features(pixel), **options)
 
 
 def started(name: str, model: PhotoModel | None = None) -> PhotoModel:
@@ -231,9 +225,9 @@ PUBLISHED = {
         'gan',
         lambda: started('unet-mse'),
         (
-            unet(GAN, seen_loss(0.3), 256, 4, 1, epochs=6, lr=2e-3),
-            unet(GAN, seen_loss(0.3), 192, 4, 2, epochs=10, lr=3e-3),
-            unet(GAN, seen_loss(0.3), 256, 4, 1, epochs=20, lr=2e-3),
+            unet(GAN, features(0.3), 256, 4, 1, epochs=6, lr=2e-3),
+            unet(GAN, features(0.3), 192, 4, 2, epochs=10, lr=3e-3),
+            unet(GAN, features(0.3), 256, 4, 1, epochs=20, lr=2e-3),
         ),
         start='unet-mse',
         valid_size=256,
@@ -242,9 +236,9 @@ PUBLISHED = {
         'gan',
         lambda: started('unet-feature'),
         (
-            unet(GAN, seen_loss(0.3), 256, 16, 8, epochs=3, lr=2e-3),
+            unet(GAN, features(0.3), 256, 16, 8, epochs=3, lr=2e-3),
             replace(
-                unet(GAN, seen_loss(0.05), 128, 8, 2, epochs=2, lr=2e-4),
+                unet(GAN, features(0.05), 128, 8, 2, epochs=2, lr=2e-4),
                 run=run_against_critic((0.02, 1.0), width=32, n_blocks=3),
             ),
         ),
@@ -303,8 +297,7 @@ def train_published(
     n_workers: int = 0,  # processes that make pairs, for a GPU that would wait for them
 ) -> tuple[PhotoModel, list[dict]]:  # the model, and by round its epochs and validation scores
     "Train one of the published models. Raises `EnhanceError` for an unknown name, or few photos."
-    if name not in PUBLISHED:
-        raise EnhanceError(f'There is no model {name!r}. {nearest_names(name, PUBLISHED)}')
+    check_choice('model', name, PUBLISHED)
     plan = PUBLISHED[name]
     set_seed(0)
     valid = sorted(set(photos))[::20]

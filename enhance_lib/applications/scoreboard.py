@@ -18,7 +18,7 @@ import torch
 from ..crappify import Recipe, Step, get_recipe
 from ..measure import crop_border, feature_distance, luma, luma_psnr, ssim
 from ..toolbox.datasets import sample_photos
-from ..toolbox.errors import EnhanceError, first_line, nearest_names
+from ..toolbox.errors import EnhanceError, check_choice, first_line
 from ..toolbox.features import FeatureNet
 from ..toolbox.files import find_photos, open_photo
 from ..toolbox.models import WEIGHTS, read_card
@@ -115,8 +115,7 @@ def board_pairs(
     task: str,  # a key of `TASKS`
 ) -> list[tuple]:  # of (degraded, clean) photos
     "The held-out photos, degraded for a task of the scoreboard. Raises `EnhanceError`."
-    if task not in TASKS:
-        raise EnhanceError(f'There is no task {task!r}. {nearest_names(task, TASKS)}')
+    check_choice('task', task, TASKS)
     return [TASKS[task].pair(p, 0, name) for name, p in sample_photos('held-out').items()]
 
 # %% ../../nbs/applications/scoreboard.ipynb #5c51cf28

@@ -12,8 +12,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from fastai.optimizer import Adam
-from fastai.torch_core import to_cpu
 from torch import nn
 
 from .errors import EnhanceError
@@ -27,6 +25,8 @@ from enhance_lib.toolbox.training import (
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # fastai still uses torch.jit
+    from fastai.optimizer import Adam
+    from fastai.torch_core import to_cpu
     from fastai.vision.gan import GANLearner
 
 # %% ../../nbs/toolbox/adversarial.ipynb #aa9a2383

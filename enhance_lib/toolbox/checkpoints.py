@@ -62,7 +62,7 @@ def set_random_states(
 class LoaderState:
     "Where the random order of a fastai `DataLoaders` stands, for a checkpoint."
 
-    def __init__(self, dls):
+    def __init__(self, dls):  # a `DataLoaders`
         self.loader = dls.train
 
     def state_dict(self):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import enhance_lib
 from .checkpoints import plain
 from .device import autocast, half_dtype, layout
-from .errors import EnhanceError, first_line, nearest_names
+from .errors import EnhanceError, check_choice, first_line
 from .files import kept_info, open_photo, write_atomically
 from .tiles import ceil_div, run_tiles
 
@@ -175,8 +175,7 @@ def _find_weights(name):
             f"'{path}' is not a .safetensors file. Others can hold programs (pickle), so they are "
             'not opened here. Save the weights with save_weights.'
         )
-    if str(name) not in published():
-        raise EnhanceError(f'There is no model {str(name)!r}. {nearest_names(name, published())}')
+    check_choice('model', str(name), published())
     return WEIGHTS / f'{name}.safetensors'
 
 

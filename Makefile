@@ -58,6 +58,11 @@ weights: WORKERS = 0
 weights: $(READY)  ## train the published weights again: make weights PHOTOS='folder another' MODELS=srcnn-x2
 	@$(BIN)/python tools/weights.py --budget $(BUDGET) --models $(MODELS) --photos $(PHOTOS) --workers $(WORKERS)
 
+round: MODEL = restore-x1
+round: MINUTES = 90
+round: $(READY)  ## train a restorer for one more round: make round MODEL=restore-x1 MINUTES=90 PHOTOS='folder another'
+	@$(BIN)/python tools/rounds.py $(MODEL) --minutes $(MINUTES) --photos $(PHOTOS)
+
 bench: $(READY)  ## measure speed and quality side by side
 	@$(BIN)/python tools/bench.py
 

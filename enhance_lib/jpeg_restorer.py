@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .crappify import Between, OneOf, Recipe, Step
+from .crappify import Recipe, Step
 from .toolbox.errors import EnhanceError
 from .toolbox.files import open_photo
 from .toolbox.models import PhotoModel
+from .toolbox.operations import Between, OneOf
 from .toolbox.tiles import cut_tiles
 
 # %% ../nbs/04_jpeg_restorer.ipynb #365a7485

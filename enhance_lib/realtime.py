@@ -10,7 +10,6 @@ __all__ = ['DOWNSCALING', 'DenseBlock', 'RRDB', 'RealtimeSR', 'output_speed', 'd
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -19,13 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .crappify import OneOf, Recipe, Step, get_recipe
+from .crappify import Recipe, Step, get_recipe
 from .measure import luma_psnr
 from .srcnn import enlarge
 from .toolbox.device import autocast, layout, pick_device
 from .toolbox.errors import EnhanceError, check_choice, check_within
 from .toolbox.models import PhotoModel
-from .toolbox.operations import identity_baseline
+from .toolbox.operations import OneOf, identity_baseline
 
 # %% ../nbs/08_realtime.ipynb #5be16d87
 def _conv(n_in, n_out, norm):
@@ -164,21 +163,18 @@ DOWNSCALING = {  # how a photo may have been downscaled: kernel, antialiasing
 
 
 def downscaling_recipe(
-    kernel: str = 'any',  # a key of `DOWNSCALING`; 'any', drawn anew each time; or 'wild'
+    kernel: str = 'any',  # a key of `DOWNSCALING`, or 'any': drawn anew each time
     scale: int = 4,  # times per side
     weights: tuple | None = None,  # how often 'any' draws each of `DOWNSCALING`; None: all alike
 ) -> Recipe:
-    "A recipe for small photos; 'wild' degrades them in other ways, too. Raises `EnhanceError`."
-    check_choice('downscaling kernel', kernel, [*DOWNSCALING, 'any', 'wild'])
+    "A recipe for small photos. Raises `EnhanceError`."
+    check_choice('downscaling kernel', kernel, [*DOWNSCALING, 'any'])
     steps = {
         name: Step('shrink', scale=scale, kernel=of_step, antialias=antialias)
         for name, (of_step, antialias) in DOWNSCALING.items()
     }
     step = steps.get(kernel) or OneOf(*steps.values(), weights=weights)
     before, about = (Step('trim', multiple=scale),), f'{scale} times smaller, {kernel}'
-    if kernel == 'wild':
-        wild = get_recipe('wild')
-        return replace(wild, steps=(step, *wild.steps), before=before)
     return Recipe(kernel, (step,), before=before, about=about)
 
 # %% ../nbs/08_realtime.ipynb #82c9a81d

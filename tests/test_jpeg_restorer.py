@@ -18,7 +18,6 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 from enhance_lib.applications.scoreboard import TASKS
-from enhance_lib.crappify import Between, OneOf
 from enhance_lib.jpeg_restorer import (
     WEB,
     ConvUnit,
@@ -36,6 +35,7 @@ from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.files import open_photo, save_photo
 from enhance_lib.toolbox.models import WEIGHTS, PhotoModel, load_model, read_card
+from enhance_lib.toolbox.operations import Between, OneOf
 from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.toolbox.training import AutocastCPU
 

@@ -1,15 +1,18 @@
 """What operations do to pixels and to sizes: the plain ones, and what holds for all of them."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from common import one_line
 from photo_folder import both_modes, same, smooth_photo
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from scipy.stats import chisquare
 
-from enhance_lib.crappify import apply_steps  # and the operations of lesson 01 are in the table
+from enhance_lib.crappify import apply_steps, dice  # and the operations of lesson 01 are there
 from enhance_lib.toolbox.datasets import sample_photo
 from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.operations import KERNELS, OPERATIONS, resize
+from enhance_lib.toolbox.operations import KERNELS, OPERATIONS, Between, OneOf, resize
 
 
 def noisy_pixels(width, height, mode, seed=0):
@@ -121,6 +124,7 @@ KEEPING = {
     'contrast': {'factor': 0.7},
     'color': {'factor': 0.3},
     'text': {},
+    'sharpen': {},
 }
 
 
@@ -130,6 +134,7 @@ CHANGING = {  # of a photo of 60×44
     'crop': ({'size': 20}, (20, 20)),
     'trim': ({'multiple': 16}, (48, 32)),
     'rescale': ({'factor': 0.7}, (42, 31)),
+    'fit': ({'size': (91, 66), 'scale': 3}, (30, 22)),
     'rotate': ({'degrees': 270}, (44, 60)),
     'gray': ({}, (60, 44)),
 }
@@ -183,7 +188,7 @@ BAD = [
     ('resize', {'width': 5, 'height': -1}, '5×-1'),
     ('down_and_up', {'up': 'cubic'}, 'cubic'),
     ('jpeg', {'quality': 0}, '0'),
-    ('jpeg', {'quality': 96}, '96'),
+    ('jpeg', {'quality': 101}, '101'),
     ('jpeg', {'subsampling': '4:0:0'}, '4:4:4'),
     ('jpeg', {'shift_x': 16}, '16'),
     ('jpeg', {'shift_y': -1}, '-1'),
@@ -212,6 +217,15 @@ BAD = [
     ('rescale', {'factor': 1e6}, '1000000'),
     ('dither', {'colors': 2.5}, '2.5'),
     ('crop', {'size': 5, 'x': 2}, '2'),
+    ('crop', {'size': 5, 'zoom': 0}, '0'),
+    ('crop', {'size': 5, 'zoom': 2}, '2'),
+    ('fit', {'size': (60, 44), 'scale': 0}, '0'),
+    ('fit', {'size': (60, 44), 'scale': 45}, '1×0'),
+    ('fit', {'size': (60, 44), 'kernel': 'boxy'}, 'Did you mean box'),
+    ('sharpen', {'radius': -1}, '-1'),
+    ('sharpen', {'amount': float('nan')}, 'nan'),
+    ('blur', {'stretch': -1}, '-1'),
+    ('noise', {'width': float('inf')}, 'inf'),
 ]
 
 
@@ -271,6 +285,36 @@ def test_rotate_is_counter_clockwise(degrees):
     np.testing.assert_array_equal(np.asarray(out), np.rot90(pixels, degrees // 90))
 
 
+def test_a_zoomed_crop_is_a_larger_square_made_small():
+    photo = smooth_photo(200, 120)
+    for zoom, side in ((0.5, 80), (0.25, 120)):  # 160 are more than there is
+        left, top = round(0.3 * (200 - side)), round(1.0 * (120 - side))
+        square = photo.crop((left, top, left + side, top + side))
+        expected = square.resize((40, 40), Image.Resampling.LANCZOS)
+        assert same(OPERATIONS['crop'](photo, 40, 0.3, 1.0, zoom), expected)
+
+
+def test_fit_gives_the_size_before_whatever_came_in_between():
+    photo = smooth_photo(61, 45)
+    steps = [['rescale', {'factor': 0.3}], ['rotate', {'degrees': 90}], ['fit', {'scale': 2}]]
+    assert apply_steps(photo, steps).size == (30, 22)
+    assert apply_steps(photo, [*steps, ['fit', {}]]).size == (61, 45)
+    assert same(OPERATIONS['fit'](photo, photo.size), photo)
+
+
+@both_modes
+def test_sharpen_is_the_unsharp_mask(mode):
+    "What a blur takes away is added once more: an edge gets a dark and a bright side."
+    pixels = np.full((9, 40), 100, np.uint8)
+    pixels[:, 20:] = 150
+    edge = Image.fromarray(pixels).convert(mode)
+    row = np.asarray(OPERATIONS['sharpen'](edge, 2, 1.0).convert('L'))[4].astype(int)
+    blurred = np.asarray(edge.convert('L').filter(ImageFilter.GaussianBlur(2)))[4].astype(int)
+    assert np.abs(row - (2 * pixels[4].astype(int) - blurred)).max() <= 1
+    assert row.min() < 90 and row.max() > 160 and row[0] == 100 and row[-1] == 150
+    assert same(OPERATIONS['sharpen'](edge, 2, 0), edge)
+
+
 def test_crop_and_trim_cut_where_they_say():
     pixels = noisy_pixels(30, 21, 'RGB')
     photo = Image.fromarray(pixels)
@@ -279,3 +323,68 @@ def test_crop_and_trim_cut_where_they_say():
         np.testing.assert_array_equal(out, pixels[top : top + 8, left : left + 8])
     np.testing.assert_array_equal(np.asarray(OPERATIONS['trim'](photo, 4)), pixels[:20, :28])
     assert same(OPERATIONS['gray'](photo), photo.convert('L'))
+
+
+@pytest.mark.parametrize('colors', [2, 8, 32, 256])
+def test_dither_has_few_colors_and_the_same_brightness(colors):
+    photo = sample_photo('cat').crop((0, 0, 200, 200))
+    out = OPERATIONS['dither'](photo, colors)
+    found = len(out.getcolors(200 * 200))
+    assert colors / 2 <= found <= colors
+    if colors >= 8:  # dots of Floyd and Steinberg keep the mean where the palette spans the photo
+        assert np.asarray(out, float).mean() == pytest.approx(np.asarray(photo).mean(), abs=3)
+
+
+# Chance
+
+
+def test_between_includes_both_ends_of_whole_numbers():
+    rng = dice(0)
+    counts = Counter(Between(15, 19).draw(rng) for _ in range(5000))
+    assert set(counts) == {15, 16, 17, 18, 19}
+    assert chisquare(list(counts.values())).pvalue > 1e-4
+    assert all(isinstance(value, int) for value in counts)
+    assert Between(3, 3).draw(rng) == 3
+
+
+def test_between_floats_is_uniform():
+    draws = np.array([Between(0.5, 2.0).draw(dice(i)) for i in range(3000)])
+    assert draws.min() >= 0.5 and draws.max() <= 2.0
+    counts, _ = np.histogram(draws, 10, (0.5, 2.0))
+    assert chisquare(counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize('ends', [(2, 1), (0.5, 0.4), (float('nan'), 1), (0, float('nan'))])
+def test_between_refuses_ends_that_are_not_in_order(ends):
+    with pytest.raises(EnhanceError) as error:
+        Between(*ends)
+    assert str(ends[0]) in one_line(error)
+
+
+def test_one_of_keeps_to_its_weights():
+    rng = dice(0)
+    counts = Counter(OneOf('a', 'b', 'c', 'd', weights=[1, 2, 5, 0]).draw(rng) for _ in range(8000))
+    assert set(counts) == set('abc')
+    assert chisquare([counts[k] for k in 'abc'], [1000, 2000, 5000]).pvalue > 1e-4
+    counts = Counter(OneOf(0, 1, 2).draw(rng) for _ in range(6000))
+    assert chisquare([counts[k] for k in range(3)]).pvalue > 1e-4
+
+
+def test_one_of_draws_what_it_holds():
+    rng = dice(0)
+    draws = {OneOf(Between(1, 2), OneOf(7, 8), 'x').draw(rng) for _ in range(200)}
+    assert draws == {1, 2, 7, 8, 'x'}
+
+
+@pytest.mark.parametrize(
+    'weights', [[1], [1, 2, 3], [0, 0], [-1, 2], [float('nan'), 1], [float('inf'), 1]]
+)
+def test_one_of_refuses_weights_that_make_no_sense(weights):
+    with pytest.raises(EnhanceError) as error:
+        OneOf('a', 'b', weights=weights)
+    one_line(error)
+
+
+def test_one_of_needs_a_choice():
+    with pytest.raises(EnhanceError):
+        OneOf()

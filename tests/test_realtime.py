@@ -216,14 +216,6 @@ def test_any_kernel_is_drawn_anew():
     assert found == wanted and len(wanted) == len(DOWNSCALING)
 
 
-@pytest.mark.parametrize('scale', [2, 3, 4])
-def test_wild_downscales_too(scale):
-    photo = sample_photo('cat').crop((0, 0, 98, 86))
-    for seed in range(5):
-        small, clean = downscaling_recipe('wild', scale).pair(photo, seed)
-        assert clean.size == (small.width * scale, small.height * scale)
-
-
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(EnhanceError, match='Did you mean nearest') as error:
         downscaling_recipe('neerest')

@@ -25,6 +25,7 @@ from enhance_lib.applications.batch import crappify_folder
 from enhance_lib.crappify import RECIPES
 from enhance_lib.toolbox.datasets import data_folder, sample_photos
 from enhance_lib.toolbox.files import find_photos, open_photo, save_photo
+from enhance_lib.toolbox.operations import resize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -402,6 +403,31 @@ def gain_of_choosing():
         yield f'{what}: {way}', f'{mean:.2f} dB', target
 
 
+def quality_in_the_wild():
+    "The blind protocol: nothing done (bicubic), and `enhance` as it is, but for the size."
+    from wild import TASKS, wild_scores
+
+    from enhance_lib.enhance import enhance
+
+    def nothing(path, scale):
+        photo = open_photo(path)
+        return resize(photo, scale * photo.width, scale * photo.height)
+
+    targets = {'x1': '29.0 dB, LPIPS 0.201', 'good': 'lowest 37.1 dB, LPIPS 0.0086'}
+    targets |= {'noise15': 'RGB 32.3 dB', 'noise25': 'RGB 29.9 dB', 'noise50': 'RGB 26.8 dB'}
+    ways = {'input': nothing, 'enhance': lambda path, scale: enhance(path, scale=scale).photo}
+    for name, way in ways.items():
+        scores = wild_scores(name, way)
+        for task, score in scores.items():
+            found = f'luma {score["luma"]:.2f} dB (lowest {score["lowest luma"]:.1f})'
+            found += f', RGB {score["RGB"]:.2f} dB, SSIM {score["SSIM"]:.4f}'
+            target = targets.get(task, '') if name == 'enhance' else ''
+            what = f'blind protocol, {task}, 100 photos of BSDS500 val: {name}'
+            yield what, f'{found}, LPIPS {score["LPIPS"]:.4f}', target
+        if not scores:
+            yield f'blind protocol: {name}', 'no data', ''
+
+
 def speed_of_training():
     "Steps of SRCNN in float32 against half precision with channels_last, on a batch in memory."
     import torch
@@ -521,6 +547,7 @@ MEASUREMENTS: list[Callable] = [
     start_of_command,
     start_of_app,
     gain_of_choosing,
+    quality_in_the_wild,
     speed_of_training,
     speed_of_unet_training,
     quality_of_published,

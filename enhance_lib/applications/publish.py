@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .jpeg_blind import BlindRestorer, learn_damage
 from .scoreboard import TASKS
-from ..crappify import OneOf, Recipe, Step, get_recipe
+from ..crappify import Recipe, Step, get_recipe
 from ..gan import Critic, fit_gan, gan_learner
 from enhance_lib.jpeg_restorer import (
     WEB,
@@ -37,6 +37,7 @@ from enhance_lib.realtime import (
 from ..srcnn import SRCNN, fit
 from ..toolbox.errors import check_choice
 from ..toolbox.models import PhotoModel, load_model
+from ..toolbox.operations import OneOf
 from ..toolbox.pairs import recipe_dls
 from ..toolbox.show import Budget
 from ..toolbox.training import MUON, CheckpointEachEpoch, psnr_learner, set_seed

@@ -1,0 +1,52 @@
+"""The blind protocol: photos of BSDS500 val, damaged as found in the wild, and how they fare."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from enhance_lib.toolbox.files import find_photos
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+PROTOCOL = SHARED / 'tools' / 'wild_set.py'
+FOLDER = ROOT / '_bench' / 'wild'
+TASKS = ('x1', 'x2', 'x4', 'good', 'noise15', 'noise25', 'noise50')  # folders of FOLDER
+MEASURES = ('luma', 'RGB', 'SSIM', 'LPIPS', 'lowest luma')  # in dB, but for SSIM and LPIPS
+
+
+def run_protocol(*arguments) -> str:
+    "What the protocol prints. It measures LPIPS with SqueezeNet, which lies beside the project."
+    home = FOLDER.parent / 'torch'
+    network = home / 'hub' / 'checkpoints' / 'squeezenet1_1-b8a52dc0.pth'
+    network.parent.mkdir(parents=True, exist_ok=True)
+    if not network.exists():
+        network.symlink_to(SHARED / 'pretrained' / 'squeezenet1_1.pth')
+    command = [sys.executable, PROTOCOL, *map(str, arguments)]
+    variables = {**os.environ, 'TORCH_HOME': str(home)}
+    return subprocess.run(command, env=variables, check=True, text=True, stdout=-1).stdout
+
+
+def wild_scores(
+    name: str,  # of the folders that hold what comes out
+    enhance: Callable,  # function(path, scale) -> the better photo, scale times as large
+    tasks: tuple = TASKS,  # of these
+) -> dict[str, dict[str, float]]:  # means over 100 photos, by task; {} without the protocol
+    "Run and score the blind protocol."
+    if not PROTOCOL.is_file():
+        return {}
+    if not (FOLDER / tasks[0] / 'clean').is_dir():
+        run_protocol('make', FOLDER)
+    for task in tasks:
+        scale = int(task[1:]) if task.startswith('x') else 1
+        out = FOLDER / task / name
+        out.mkdir(exist_ok=True)
+        for path in find_photos(FOLDER / task / 'degraded'):
+            enhance(path, scale).save(out / f'{path.stem}.png', compress_level=1)
+    found = {}
+    for line in run_protocol('score', FOLDER, name, *tasks).splitlines():
+        values = [float(re.search(rf'(?<!\w){m} +([\d.]+)', line)[1]) for m in MEASURES]
+        found[line.split()[0]] = dict(zip(MEASURES, values))
+    return found

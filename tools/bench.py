@@ -405,7 +405,7 @@ def gain_of_choosing():
 
 def quality_in_the_wild():
     "The blind protocol: nothing done (bicubic), and `enhance` as it is, but for the size."
-    from wild import TASKS, wild_scores
+    from wild import wild_scores
 
     from enhance_lib.enhance import enhance
 

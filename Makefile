@@ -8,7 +8,7 @@ READY := .venv/.ready
 # In a container one is often root, which Jupyter wants to be told.
 AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
-.PHONY: help setup course lab app test bench table weights stamp clean-notebooks
+.PHONY: help setup course lab app test bench table weights round stamp clean-notebooks
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile

@@ -134,7 +134,7 @@ def crop_border(
     "Cut `by` pixels off each side. Raises `EnhanceError` if nothing would be left."
     height, width = x.shape[-2:]
     if not 0 <= by < min(height, width) / 2:
-        raise EnhanceError(f'{by} pixels can not be cut off each side of {width}×{height}.')
+        raise EnhanceError(f'{by} pixels cannot be cut off each side of {width}×{height}.')
     return x[..., by : height - by, by : width - by]
 
 # %% ../nbs/02_measure.ipynb #28c86739

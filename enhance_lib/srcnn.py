@@ -41,7 +41,7 @@ class SRCNN(PhotoModel):
     ):
         super().__init__()
         if type(scale) is not int or scale not in (1, 2, 3, 4):
-            raise EnhanceError(f'SRCNN can not enlarge {scale} times: 1, 2, 3 or 4.')
+            raise EnhanceError(f'SRCNN cannot enlarge {scale} times: 1, 2, 3 or 4.')
         self.arguments = {'scale': scale, 'residual': residual}
         self.scale, self.residual = scale, residual
         self.tile = 256 // scale  # 256 pixels once they are enlarged

@@ -285,7 +285,7 @@ def test_pages_that_are_left_out_are_spoken_of(cat):
     assert '3 frames; only the first is used' in text(app) and text(app).endswith('Press Enhance.')
 
 
-def test_transparency_that_a_download_can_not_have_is_spoken_of(cat):
+def test_transparency_that_a_download_cannot_have_is_spoken_of(cat):
     clear = cat.convert('RGBA')
     clear.putalpha(100)
     app = EnhanceApp(device='cpu')
@@ -316,7 +316,7 @@ def test_zoom_shows_a_piece_of_the_full_picture(cat):
     assert not app.zoom.value and open_photo(app.slider.after).size == (90, 60)
 
 
-def test_download_of_a_format_that_can_not_be_written_is_png(cat):
+def test_download_of_a_format_that_cannot_be_written_is_png(cat):
     app = EnhanceApp(device='cpu')
     upload(app, 'photo', encode_photo(cat, 'a.png'))
     app.go.click()

@@ -1,4 +1,4 @@
-"""Checkpoints: a training that is killed goes on as if it had not been, or says why it can not."""
+"""Checkpoints: a training that is killed goes on as if it had not been, or says why it cannot."""
 
 import errno
 import pickle

@@ -186,7 +186,7 @@ def refused(capsys):
     return called
 
 
-def test_a_process_that_can_not_start_says_why_and_ends_with_2():
+def test_a_process_that_cannot_start_says_why_and_ends_with_2():
     status, out, err = run('enhance_resize')
     assert (status, out) == (2, '')
     assert err == 'enhance_resize: --path and --resized-path must be given. See --help.\n'
@@ -200,7 +200,7 @@ def test_missing_flags(name, photos, refused):
     assert '--path' not in err and f'--{FLAGS[name][1]}' in err
 
 
-def test_folders_that_can_not_be_used(photos, tmp_path, refused):
+def test_folders_that_cannot_be_used(photos, tmp_path, refused):
     missing = tmp_path / 'missing'
     assert 'missing' in refused('enhance_crappify', '--path', missing, '--degraded-path', 'x')
     assert 'missing' in refused('enhance_resize', '--path', missing, '--resized-path', 'x')
@@ -209,7 +209,7 @@ def test_folders_that_can_not_be_used(photos, tmp_path, refused):
     assert not missing.exists() and not Path('x').exists()
 
 
-def test_settings_that_can_not_be_used(photos, tmp_path, refused):
+def test_settings_that_cannot_be_used(photos, tmp_path, refused):
     flags = ['--path', photos, '--degraded-path', tmp_path / 'degraded']
     err = refused('enhance_crappify', *flags, '--recipe', 'skylin')
     assert 'Did you mean skyline?' in err
@@ -302,7 +302,7 @@ def test_training_with_the_flags_of_image_2(tmp_path):
     assert made == ['mine.json', 'mine.pkl', 'mine.safetensors']
 
 
-def test_training_that_can_not_begin(photos, tmp_path, refused):
+def test_training_that_cannot_begin(photos, tmp_path, refused):
     assert '--path must be given' in refused('enhance_train')
     flags = ['--path', photos, '--out', tmp_path / 'mine']
     for more, words in (
@@ -383,7 +383,7 @@ def test_an_evaluation_that_was_stopped_begins_anew(photos, monkeypatch, capsys)
     assert capsys.readouterr().err == '\nenhance_evaluate: stopped. Run it again to begin anew.\n'
 
 
-def test_evaluation_that_can_not_begin(photos, tmp_path, refused):
+def test_evaluation_that_cannot_begin(photos, tmp_path, refused):
     "Exit code 2 and one sentence; nothing is written."
     assert '--path must be given' in refused('enhance_evaluate')
     for words, *flags in (

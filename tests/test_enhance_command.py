@@ -191,7 +191,7 @@ def test_stars_and_a_second_run(folder, capsys):
     assert 'nothing/*.jpg' in capsys.readouterr().err
 
 
-def test_a_format_that_can_not_be_saved_is_refused_before_the_work(folder, monkeypatch):
+def test_a_format_that_cannot_be_saved_is_refused_before_the_work(folder, monkeypatch):
     monkeypatch.setattr('enhance_lib.enhance.enhance', lambda *a, **k: pytest.fail('it has begun'))
     assert call('photos/p00.jpg', '--out', 'o.xyz', *FAST) == 2
     assert call('photos/p00.jpg', '--format', 'tga2', *FAST) == 2
@@ -244,7 +244,7 @@ def test_several_photos_and_folders(folder, capsys):
         (['photos/p00.jpg', 'more/p00.jpg', '--out', 'x'], "would become 'p00.jpg'"),
     ],
 )
-def test_what_can_not_be_done_is_one_sentence(folder, capsys, arguments, words):
+def test_what_cannot_be_done_is_one_sentence(folder, capsys, arguments, words):
     (folder / 'file').write_text('mine')
     before = contents(folder)
     assert call(*arguments) == 2
@@ -275,7 +275,7 @@ def test_warnings_are_sentences(folder):
 
 
 @posix
-def test_a_name_that_can_not_be_printed_stops_nothing(folder):
+def test_a_name_that_cannot_be_printed_stops_nothing(folder):
     strange = os.fsdecode(b'Z\xfcrich.jpg')
     try:
         (folder / 'photos' / 'p00.jpg').rename(folder / 'photos' / strange)

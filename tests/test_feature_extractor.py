@@ -120,7 +120,7 @@ def test_timm_without_a_network_or_file(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', str(tmp_path))
-    with pytest.raises(EnhanceError, match='timm can not give resnet10t'):
+    with pytest.raises(EnhanceError, match='timm cannot give resnet10t'):
         feature_extractor('resnet10t')
     with pytest.raises(EnhanceError, match='resnet10t'):
         feature_extractor('resnet10t', weights=tmp_path / 'nowhere.safetensors')

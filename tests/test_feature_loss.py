@@ -265,7 +265,7 @@ def test_an_unknown_preset_suggests_another():
         (batch(2, 3, 8, 8), batch(2, 3, 8, 8), '8×8 pixels are too few'),
     ],
 )
-def test_batches_that_can_not_be_compared(prediction, target, words):
+def test_batches_that_cannot_be_compared(prediction, target, words):
     loss = FeatureLoss(feature_extractor(weights='random'))
     with pytest.raises(EnhanceError, match=words):
         loss(prediction, target)

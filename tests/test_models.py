@@ -382,7 +382,7 @@ def test_half_precision_hardly_shows(scale, monkeypatch):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_photos_and_devices_that_can_not_be_used_are_refused(tmp_path):
+def test_photos_and_devices_that_cannot_be_used_are_refused(tmp_path):
     model = Double()
     with refused(str(tmp_path / 'gone.png')):
         model.predict(tmp_path / 'gone.png')
@@ -804,7 +804,7 @@ def test_a_refused_name_stays_on_one_line(shelf):
             load_model(name)
 
 
-def test_weights_that_can_not_be_read_are_refused(weights, monkeypatch):
+def test_weights_that_cannot_be_read_are_refused(weights, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
@@ -867,7 +867,7 @@ def test_being_killed_before_the_weights_are_written_leaves_the_old_pair(shelf, 
 
 
 @pytest.mark.parametrize('value', [{1, 2}, Path('x'), [{'deep': {1}}], b'x', {(1, 2): 3}], ids=repr)
-def test_a_card_that_can_not_be_written_is_refused_and_costs_nothing(value, weights):
+def test_a_card_that_cannot_be_written_is_refused_and_costs_nothing(value, weights):
     old = weights.read_bytes()
     with refused(str(weights), 'card'):
         save_weights(bright_srcnn(2, seed=77), weights, value=value)
@@ -882,7 +882,7 @@ def test_numbers_of_numpy_may_stand_on_a_card(weights):
 
 
 @pytest.mark.parametrize('place', ['folder', 'in a file', 'card'])
-def test_a_place_where_weights_can_not_be_written_is_refused(place, tmp_path):
+def test_a_place_where_weights_cannot_be_written_is_refused(place, tmp_path):
     path = tmp_path / 'a.safetensors'
     if place == 'folder':
         path.mkdir()
@@ -996,9 +996,9 @@ def test_a_published_model_runs_on_torch_alone():
     'data, words',
     [
         (None, 'There is no card'),
-        (b'', 'can not be read'),
-        (b'{"a": 1', 'can not be read'),
-        (b'\xff\xfe{}', 'can not be read'),
+        (b'', 'cannot be read'),
+        (b'{"a": 1', 'cannot be read'),
+        (b'\xff\xfe{}', 'cannot be read'),
         (b'[{"task": "x2"}]', 'not a JSON object'),
         (b'null', 'not a JSON object'),
     ],

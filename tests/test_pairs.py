@@ -407,7 +407,7 @@ def test_validation_is_the_same_in_every_epoch_and_run():
         assert torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1])
 
 
-def test_loaders_that_can_not_be_made_are_refused(tmp_path):
+def test_loaders_that_cannot_be_made_are_refused(tmp_path):
     photos = [noise()]
     with refused('no photo to train'):
         recipe_dls([], photos, GRAIN, device='cpu')
@@ -427,7 +427,7 @@ def test_loaders_that_can_not_be_made_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('once', [False, True])
-def test_crops_that_can_not_be_cut_are_refused(once, tmp_path):
+def test_crops_that_cannot_be_cut_are_refused(once, tmp_path):
     photos, make = [noise((40, 19))], {'once': once, 'bs': 1, 'device': 'cpu'}
     dls = recipe_dls(photos, photos, TASKS['x2'], size=20, **make)
     for dl in (dls.train, dls.valid):

@@ -40,7 +40,8 @@ def random_features(monkeypatch):
 
 
 def test_every_published_model_has_a_recipe_and_the_other_way_round():
-    assert set(PUBLISHED) == set(published())
+    in_rounds = {name for name in published() if name.startswith('restore-')}  # see test_rounds
+    assert set(PUBLISHED) == set(published()) - in_rounds
     for name, plan in PUBLISHED.items():
         card = load_model(name).card
         assert plan.task == card['task'] and plan.task in TASKS

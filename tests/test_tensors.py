@@ -60,7 +60,7 @@ def test_photos_and_batches_are_measured_as_batches():
         (X * torch.nan, X, ['prediction', '840 NaN']),
     ],
 )
-def test_what_can_not_be_compared_is_refused(prediction, target, words):
+def test_what_cannot_be_compared_is_refused(prediction, target, words):
     with refused(*words):
         as_batches(prediction, target)
 

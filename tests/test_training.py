@@ -666,7 +666,7 @@ def test_a_killed_training_ends_in_the_same_average(epoch, tmp_path):
     assert not equal_weights(straight, train(tiny_learner()).model, within=1e-4)
 
 
-def test_the_average_of_a_network_that_can_not_be_copied():
+def test_the_average_of_a_network_that_cannot_be_copied():
     "Weight norm of the old kind, as in fastai's U-Net."
     model = tiny_net()
     model[0] = nn.utils.weight_norm(model[0])

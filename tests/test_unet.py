@@ -109,7 +109,7 @@ def test_an_unknown_encoder_suggests_the_nearest():
 @pytest.mark.parametrize(
     'name', ['vit_tiny_patch16_224', 'densenet121', 'hrnet_w18', 'swin_tiny_patch4_window7_224']
 )
-def test_an_encoder_that_a_unet_can_not_be_built_on(name):
+def test_an_encoder_that_a_unet_cannot_be_built_on(name):
     "Said before anything is trained or even built."
     with pytest.raises(EnhanceError, match=f'cannot be built on {name}') as error:
         get_unet(small_dls(), name, pretrained=False)
@@ -128,7 +128,7 @@ def test_pretrained_weights_from_a_file(tmp_path):
     assert all(torch.equal(told[k], v) for k, v in wanted.items()) and wanted
 
 
-def test_weights_that_can_not_be_had(monkeypatch, tmp_path):
+def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
@@ -136,7 +136,7 @@ def test_weights_that_can_not_be_had(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HOME', str(tmp_path))
     (tmp_path / 'other.safetensors').write_bytes(b'nothing')
     for pretrained in (True, tmp_path / 'other.safetensors'):
-        with pytest.raises(EnhanceError, match='timm can not give test_resnet'):
+        with pytest.raises(EnhanceError, match='timm cannot give test_resnet'):
             get_unet(small_dls(), 'test_resnet', pretrained)
     with pytest.raises(EnhanceError, match='no file .*gone.safetensors'):
         get_unet(small_dls(), 'test_resnet', tmp_path / 'gone.safetensors')

@@ -207,7 +207,7 @@ def speed_of_predict():
 
 
 def opencv_espcn() -> tuple[Callable | None, str]:
-    "ESPCN as OpenCV runs it, from array to array; and, if it can not be had, why."
+    "ESPCN as OpenCV runs it, from array to array; and, if it cannot be had, why."
     weights = Path(os.environ.get('ENHANCE_ESPCN', ''))
     if not weights.is_file():
         return None, 'no weights: name a file ESPCN_x4.pb in ENHANCE_ESPCN'

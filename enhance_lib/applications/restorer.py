@@ -37,9 +37,7 @@ class ResBlock(nn.Module):
 class Restorer(PhotoModel):
     "A small U-Net at half the output's side (a quarter for 4×), blind to what the damage is."
 
-    margin = 64  # further away, a pixel has next to no influence
     tile = 1024
-    memory = 500
 
     def __init__(
         self,
@@ -56,6 +54,8 @@ class Restorer(PhotoModel):
         self.scale, self.residual = scale, residual
         self.unshuffle = 2 if scale == 1 else 1  # pixels of the input per side and position
         self.multiple = self.unshuffle * 2 ** (len(widths) - 1)
+        self.margin = 48 * self.unshuffle  # how far three sizes of two blocks see
+        self.memory = 200 if scale == 1 else 850
         step = self.unshuffle * scale  # pixels of the output per side and position
 
         def blocks(n, width):

@@ -161,7 +161,7 @@ def timm_network(
             warnings.simplefilter('ignore', UserWarning)  # names that timm has changed since
             return timm.create_model(model_name, pretrained=bool(pretrained), **options)
     except Exception as e:  # offline, another network's file, no such stage, no stages at all
-        raise EnhanceError(f'timm can not give {model_name} ({first_line(e)}).') from e
+        raise EnhanceError(f'timm cannot give {model_name} ({first_line(e)}).') from e
 
 # %% ../../nbs/toolbox/features.ipynb #b16c0d93
 class TimmFeatures(FeatureNet):

@@ -160,7 +160,7 @@ def _open_file(source, name):
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte in it
         if not os.path.isdir(path):  # Path.is_dir raises where it may not look
             why = getattr(e, 'strerror', None) or str(e)
-            raise EnhanceError(f'{name} can not be read: {why.lower()}.') from None
+            raise EnhanceError(f'{name} cannot be read: {why.lower()}.') from None
     raise EnhanceError(
         f'{name} is a folder, not a photo. find_photos lists the photos in a folder.'
     )
@@ -369,7 +369,7 @@ def find_photos(
             f"'{e.filename}' may not be read: permission denied. Ask its owner."
         ) from None
     except (OSError, ValueError) as e:
-        raise EnhanceError(f"'{folder}' can not be read: {e}.") from None
+        raise EnhanceError(f"'{folder}' cannot be read: {e}.") from None
     found.sort()
     if heic:
         warnings.warn(

@@ -215,7 +215,7 @@ def run_folder(
     try:
         done = _prepare(sources, folders, log, job)
     except OSError as e:
-        raise EnhanceError(f"'{e.filename}' can not be used: {e.strerror}.") from e
+        raise EnhanceError(f"'{e.filename}' cannot be used: {e.strerror}.") from e
     for folder in folders:
         _write_log(folder / log, sources, job, {})
     todo = [name for name in sources if name not in done]

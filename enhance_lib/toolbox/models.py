@@ -110,7 +110,7 @@ def read_card(
     except FileNotFoundError:
         raise EnhanceError(f"There is no card '{path}'.") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise EnhanceError(f"The card '{path}' can not be read ({e}).") from e
+        raise EnhanceError(f"The card '{path}' cannot be read ({e}).") from e
     if not isinstance(card, dict):
         raise EnhanceError(f"The card '{path}' is not a JSON object.")
     return card
@@ -147,7 +147,7 @@ def save_weights(
     try:
         text = json.dumps(plain(card), indent=2, ensure_ascii=False) + '\n'
     except (TypeError, ValueError, RecursionError) as e:
-        raise EnhanceError(f"'{path}': this can not stand on a card ({e}).") from e
+        raise EnhanceError(f"'{path}': this cannot stand on a card ({e}).") from e
     with write_atomically(path) as temporary:
         temporary.write_bytes(content)
         # weights without a card are not looked at, so an old card never stands by new weights
@@ -184,7 +184,7 @@ def _checked_content(path, card):
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise EnhanceError(f"'{path}' can not be read: {e.strerror}.") from e
+        raise EnhanceError(f"'{path}' cannot be read: {e.strerror}.") from e
     if hashlib.sha256(content).hexdigest() != card.get('sha256'):
         raise EnhanceError(
             f"'{path}' is not the file that its card describes (checksum differs): "

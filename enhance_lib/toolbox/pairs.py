@@ -68,7 +68,7 @@ def crop_pair(
             'larger.'
         )
     if size % scale or size < 1:
-        raise EnhanceError(f'A crop of {size} pixels can not be divided by {scale}.')
+        raise EnhanceError(f'A crop of {size} pixels cannot be divided by {scale}.')
     small = size // scale
     if small > min(degraded.size):
         raise EnhanceError(

@@ -30,7 +30,7 @@ def tile_boxes(
         raise EnhanceError(f'A tile of {tile} pixels is not possible: 1 is the least.')
     if not 0 <= overlap < tile:
         raise EnhanceError(
-            f'Tiles of {tile} pixels can not overlap by {overlap}: use 0 to {tile - 1}.'
+            f'Tiles of {tile} pixels cannot overlap by {overlap}: use 0 to {tile - 1}.'
         )
 
     def starts(length):

@@ -73,7 +73,7 @@ def blur(
 ) -> Image.Image:
     "Blur a photo, as a lens out of focus does, or a hand that shakes."
     kinds = {'gaussian': ImageFilter.GaussianBlur, 'box': ImageFilter.BoxBlur}
-    check_within('A radius', radius, 0, inf)
+    check_within('A radius', radius, 0, 1000)
     check_within('A stretch', stretch, 0, 100)
     check_choice('blur', kind, kinds)
     return photo.filter(kinds[kind]((radius, radius * stretch)))
@@ -91,6 +91,7 @@ def noise(
     "Add Gaussian noise to a photo."
     check_within('A sigma', sigma, 0, inf)
     check_within('A width', width, 0, 100)
+    check_within('A seed', seed, 0, inf, whole=True)
     pixels = np.asarray(photo, np.float32)
     shape = (*pixels.shape[:2], 1)[: pixels.ndim] if gray else pixels.shape
     grain = np.random.default_rng(seed).standard_normal(shape, np.float32)
@@ -236,6 +237,7 @@ def wild_recipe(
     scale: int = 1,  # the degraded photo ends so many times smaller per side
 ) -> Recipe:
     "A second-order recipe of real damage, after Real-ESRGAN (Wang et al. 2021)."
+    check_within('A scale', scale, 1, 16, whole=True)
     small = () if scale == 1 else (Step('fit', scale=scale, kernel=_ANY),)
     kernel = OneOf(_ANY, 'nearest', weights=[24, 1])
     first = _order(0.6 + 0.35 * scale, scale**-0.95 * 0.55, scale**-0.3, 22.0, 0.8)

@@ -226,6 +226,10 @@ BAD = [
     ('sharpen', {'amount': float('nan')}, 'nan'),
     ('blur', {'stretch': -1}, '-1'),
     ('noise', {'width': float('inf')}, 'inf'),
+    ('noise', {'seed': -1}, '-1'),
+    ('noise', {'sigma': 'much'}, "'much'"),
+    ('blur', {'radius': 1e30}, '1e+30'),
+    ('resize', {'width': 5, 'height': 5, 'kernel': []}, 'bicubic'),
 ]
 
 

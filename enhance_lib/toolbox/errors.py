@@ -9,7 +9,7 @@ __all__ = ['EnhanceError', 'EnhanceWarning', 'check_within', 'nearest_names', 'c
 import difflib
 from collections.abc import Collection
 from math import inf
-from numbers import Integral
+from numbers import Integral, Real
 
 # %% ../../nbs/toolbox/errors.ipynb #c127415c
 class EnhanceError(ValueError):
@@ -28,12 +28,14 @@ def check_within(
     whole: bool = False,  # must it be a whole number?
 ):
     "Check that `value` is a finite number from `low` to `high`; raise `EnhanceError` if not."
-    # NaN is neither within nor outside any limits
-    if low <= value <= high and value < inf and (isinstance(value, Integral) or not whole):
-        return
+    if isinstance(value, Integral if whole else Real):
+        # NaN is neither within nor outside any limits
+        if low <= value <= high and value < inf:
+            return
     limits = f'{low} or more' if high == inf else f'{low} to {high}'
     number = 'a whole number, ' if whole else ''
-    raise EnhanceError(f'{what} of {value} is not possible: {number}{limits}.')
+    shown = value if isinstance(value, Real) else repr(value)
+    raise EnhanceError(f'{what} of {shown} is not possible: {number}{limits}.')
 
 
 def nearest_names(
@@ -55,7 +57,7 @@ def check_choice(
     choices: Collection,  # what there is to choose from
 ):
     "Check that `value` is one of `choices`; raise `EnhanceError` with the nearest ones if not."
-    if value not in choices:
+    if value not in list(choices):  # a list can be asked for what has no hash, too
         raise EnhanceError(f'There is no {what} {value!r}. {nearest_names(value, choices)}')
 
 # %% ../../nbs/toolbox/errors.ipynb #225e1aad

@@ -186,7 +186,7 @@ def sharpen(
     amount: float = 1.0,  # how much of the difference is added; 0 changes nothing
 ) -> Image.Image:
     "Sharpen by an unsharp mask, as cameras do: edges get halos."
-    check_within('A radius', radius, 0, inf)
+    check_within('A radius', radius, 0, 1000)
     check_within('An amount', amount, 0, 100)
     return photo.filter(ImageFilter.UnsharpMask(radius, round(100 * amount), 0))
 

@@ -101,8 +101,6 @@ class FeatureLoss(nn.Module):
 
 # %% ../nbs/05_feature_loss.ipynb #2c763a0d
 _FASTAI = {'features': (5, 15, 2), 'gram': tuple(5e3 * w**2 for w in (5, 15, 2))}
-
-
 PRESETS = {  # what `feature_extractor` and `FeatureLoss` get
     'squeezenet': ({'network': 'squeezenet1_1'}, {}),
     'vgg16_bn': ({'network': 'vgg16_bn', 'layers': (22, 32, 42)}, _FASTAI),

@@ -141,17 +141,9 @@ def restorer_learner(
 
 # %% ../nbs/04_jpeg_restorer.ipynb #c72c9e18
 BOTH = OneOf('4:2:0', '4:4:4')
-
-
 _LOW = (Between(5, 15), Between(5, 15), Between(5, 25), Between(20, 60))
-
-
 _FIRST = OneOf(*_LOW)  # of two: it did the most damage
-
-
 _ANY = OneOf(*_LOW, Between(40, 80), Between(80, 95), Between(80, 95))
-
-
 _SELDOM = OneOf(0, 0, Between(0, 15))  # the grid of a file starts top left, unless it was cropped
 
 

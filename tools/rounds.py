@@ -1,11 +1,10 @@
 """Train a restorer in rounds: `make round MODEL=restore-x1 MINUTES=90`.
 
-A round may be stopped at any time: the same command goes on with it. The next command begins the
-next round. Its rate stays high, and falls to nothing in the last fifth (warm-up, stable, decay;
-Hu et al. 2024); the round after it goes on from before the fall. In the folder of the model,
-`_rounds/MODEL`, `log.csv` holds the validation curve, `sheet-….png` some of the validation photos
-(degraded, restored, clean) every half hour. At the end, weights that are better on the validation
-photos than the published ones take their place.
+A round may be stopped at any time: the same command goes on with it, and after its end begins the
+next one, from the weights of the last. In the folder of the model, `_rounds/MODEL`, `log.csv` holds
+the validation curve, `sheet-….png` some of the validation photos (degraded, restored, clean) every
+half hour. At the end, weights that are better on the validation photos than the published ones take
+their place.
 """
 
 import argparse
@@ -13,11 +12,10 @@ import csv
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
-from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.training import GradientClip
 from torch.nn import functional as F
 from torchvision.utils import save_image
 from weights import PHOTOS, SHARED, machine
@@ -33,15 +31,18 @@ from enhance_lib.toolbox.models import WEIGHTS, load_model, published, save_weig
 from enhance_lib.toolbox.pairs import recipe_dls
 from enhance_lib.toolbox.training import MUON, WeightAverage, psnr_learner, set_seed
 
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)  # fastai still uses torch.jit
+    from fastai.callback.core import Callback, CancelFitException
+    from fastai.callback.training import GradientClip
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {'restore-x1': 1, 'restore-x2': 2, 'restore-x4': 4}  # name -> scale
 SIZE, BATCH = 128, 8  # side of a clean crop in pixels, pairs in a batch
-RATE, WARM_UP, STABLE = (
-    3e-3,
-    200,
-    0.8,
-)  # the highest, steps up to it, share of a round before the fall
-EPOCH = 8000  # crops between two validations, each with a checkpoint
+RATES, WARM_UP = (3e-3, 2e-3), 200  # the highest of the first round and of others; steps up to it
+FLAT = 0.3  # share of a round before the rate falls, to nothing at its end
+DECAY = 0.995  # of the average of the weights: 200 steps, since a fall averages too
+EPOCH = 4000  # crops between two validations, each with a checkpoint
 SHEETS = 1800  # seconds between two sheets
 VALID = {'size': 192, 'crops': 8}  # of each of the photos that validate: every twentieth
 
@@ -56,30 +57,23 @@ class Clock(Callback):
         self.number, self.seconds, self.steps = len(read_rounds(folder)) + 1, 0.0, 0
 
     def state_dict(self):
-        return {'number': self.number, 'seconds': self.seconds, 'steps': self.steps}
+        return {'seconds': self.seconds, 'steps': self.steps}
 
     def load_state_dict(self, state):
-        if state['number'] == self.number:  # else it is where the round before ended
-            self.seconds, self.steps = state['seconds'], state['steps']
+        self.seconds, self.steps = state['seconds'], state['steps']
 
     def _parts(self):
         return {'model': self.model, 'optimizer': self.opt, 'average': self.average, 'clock': self}
 
-    def save(self, name):
-        "Keep all that the training needs to go on."
-        save_checkpoint(self.folder / name, self.steps, **self._parts())
-
     def before_fit(self):
-        there = [self.folder / name for name in ('round.ckpt', 'stable.ckpt')]
-        path = next((path for path in there if path.exists()), None)
-        if path:
+        path = self.folder / 'round.ckpt'
+        if path.exists():
             load_checkpoint(path, self.dls.device, **self._parts())
             done = f'{self.seconds / 60:.0f} of {self.limit / 60:.0f} minutes done'
-            print(f'round {self.number} goes on from {path.name}, {done}', flush=True)
-        if not self.seconds:
+            print(f'round {self.number} goes on, {done}', flush=True)
+        else:
             set_seed(self.number)  # other crops than in the rounds before
         self.began = time.monotonic() - self.seconds
-        self.fell = self.share() > STABLE
 
     def share(self):
         "How much of the round is over, 0 to 1."
@@ -88,12 +82,9 @@ class Clock(Callback):
 
     def before_batch(self):
         if self.training:
-            share = self.share()
-            if share > STABLE and not self.fell:
-                self.fell = True
-                self.save('next.ckpt')
-            fall = min((1 - share) / (1 - STABLE), 1.0)
-            self.opt.set_hyper('lr', RATE * min((self.steps + 1) / WARM_UP, 1.0) * fall)
+            fall = min((1 - self.share()) / (1 - FLAT), 1.0)
+            highest = RATES[min(self.number, 2) - 1]
+            self.opt.set_hyper('lr', highest * min((self.steps + 1) / WARM_UP, 1.0) * fall)
 
     def after_batch(self):
         if self.training:
@@ -113,7 +104,7 @@ class Clock(Callback):
 
     def after_epoch(self):
         write_row(self.folder, self, *self.learn.final_record[1:])
-        self.save('round.ckpt')
+        save_checkpoint(self.folder / 'round.ckpt', self.steps, **self._parts())
 
 
 def write_row(folder, clock, loss, before, after):
@@ -143,12 +134,17 @@ def write_sheet(learn, path):
 def read_rounds(folder):
     "The rounds that ended, for the card: minutes, steps, and what the photos that validate say."
     path = folder / 'rounds.json'
-    return json.loads(path.read_text()) if path.exists() else []
+    if path.exists():
+        return json.loads(path.read_text())
+    return load_model(folder.name).card['training']['rounds'] if folder.name in published() else []
 
 
-def new_model(name):
-    "An untrained restorer; one that enlarges begins with what `restore-x1` knows."
-    model = Restorer(MODELS[name])
+def new_model(name, folder):
+    "What a round begins with: what the last one ended with, or what is published, or little."
+    last = folder / f'{name}.safetensors'
+    if last.exists() or name in published():
+        return load_model(last if last.exists() else name)
+    model = Restorer(MODELS[name])  # one that enlarges begins with what `restore-x1` knows
     if model.scale > 1 and 'restore-x1' in published():
         own, others = model.state_dict(), load_model('restore-x1').state_dict()
         fitting = {k: v for k, v in others.items() if v.shape == own[k].shape}
@@ -173,22 +169,22 @@ def train(name, folders, minutes, home, out, workers):
         per_photo=max(EPOCH // max(len(learning), 1), 1),
         n_workers=workers,
     )
-    average = WeightAverage()
+    average = WeightAverage(DECAY)
     clock = Clock(folder, minutes, average)
-    learn = psnr_learner(dls, new_model(name), F.l1_loss, **MUON)
+    learn = psnr_learner(dls, new_model(name, folder), F.l1_loss, **MUON)
     with learn.no_bar(), learn.no_logging():
-        learn.fit(10**6, RATE, cbs=[GradientClip(1.0), average, clock])
+        learn.fit(10**6, cbs=[GradientClip(1.0), average, clock])
         average.keep()
         scores = [float(v) for v in learn.validate()]
     write_sheet(learn, folder / f'sheet-{clock.number}-end.png')
     write_row(folder, clock, *scores)
-    done = {'minutes': minutes, 'steps': clock.steps, 'L1': round(scores[0], 5)}
+    done = {'minutes': minutes, 'steps': clock.steps, 'rate': RATES[min(clock.number, 2) - 1]}
+    done |= {'L1': round(scores[0], 5)}
     rounds = [*read_rounds(folder), {**done, 'output dB': round(scores[2], 3)}]
     save_weights(learn.model, folder / f'{name}.safetensors', half=True)
+    (folder / 'round.ckpt').unlink(missing_ok=True)
     with write_atomically(folder / 'rounds.json') as temporary:
         temporary.write_text(json.dumps(rounds, indent=1))
-    (folder / 'next.ckpt').replace(folder / 'stable.ckpt')
-    (folder / 'round.ckpt').unlink(missing_ok=True)
     publish(name, dls, rounds, photos, out, folder)
 
 
@@ -213,7 +209,7 @@ def publish(name, dls, rounds, photos, out, folder):
         budget='full',
         training={
             'photos': f'data/photos, {len(photos)}, every twentieth of them to validate with',
-            'loss': f'L1, Muon, rate {RATE}, crops of {SIZE}×{SIZE} in batches of {BATCH}, EMA',
+            'loss': f'L1, Muon, crops of {SIZE}×{SIZE} in batches of {BATCH}, EMA',
             'rounds': rounds,
         },
         scores={

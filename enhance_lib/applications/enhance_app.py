@@ -28,11 +28,7 @@ from ..toolbox.show import uploaded_file
 
 # %% ../../nbs/applications/enhance_app.ipynb #2b1fdec6
 MAX_UPLOAD = 50_000_000  # bytes
-
-
 _SAMPLES = ('cat', 'coffee', 'china')  # no network of this course was trained on them
-
-
 _STYLE = """<style>
 .enhance-app { max-width: 900px; margin: auto; }
 .enhance-says { min-height: 1.6em; line-height: 1.5; }

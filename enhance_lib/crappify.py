@@ -86,7 +86,7 @@ def noise(
     gray: bool = False,  # the same noise in all channels, like the grain of film
     seed: int = 0,  # the same seed gives the same noise
     width: float = 0.0,  # in pixels: sigma of a blur of the noise, as demosaicing leaves it
-    shot: bool = False,  # grows with the root of the light, as photons do; `sigma` is at level 128
+    shot: bool = False,  # grows with the root of the level, like the noise of photons; sigma at 128
 ) -> Image.Image:
     "Add Gaussian noise to a photo."
     check_within('A sigma', sigma, 0, inf)
@@ -135,14 +135,17 @@ class Step:
 
 
 class Chain:
-    "Steps one after another, as one choice of a `OneOf`. None: nothing is done."
+    "Steps one after another, as one choice of a `OneOf`. Without steps it does nothing."
 
     def __init__(self, *steps):
         self.steps = steps
 
     def draw(self, rng) -> list:
-        "As for `Step`."
+        "What to do to one photo: [[operation, parameters], …]."
         return [s for step in self.steps for s in step.draw(rng)]
+
+    def __repr__(self):
+        return f'Chain({", ".join(map(repr, self.steps))})'
 
 # %% ../nbs/01_crappify.ipynb #b6f382da
 def dice(
@@ -220,15 +223,15 @@ def _saved(p, low, high):
     return Step('jpeg', p, **file, shift_x=shift, shift_y=shift)
 
 
-def _order(radius, low, high, sigma, p):
-    "Once through a camera, or through somebody's hands."
+def _degradation_pass(p, radius, low, high, sigma):
+    "Once through a camera, or through somebody's hands; each step happens with probability p."
     grain = {'sigma': OneOf(Between(1.0, sigma / 2), Between(1.0, sigma)), 'gray': _EITHER}
     wide = {'width': OneOf(0.0, Between(0.4, 1.5)), 'shot': _EITHER}
     return (
-        Step('blur', p, radius=Between(0.2, radius), stretch=OneOf(1.0, Between(0.5, 2.0))),
+        Step('blur', p, radius=Between(0.1, radius), stretch=OneOf(1.0, Between(0.5, 2.0))),
         Step('rescale', p, factor=Between(low, high), kernel=_ANY),
         Step('noise', p, **grain, **wide),
-        Step('sharpen', 0.2, radius=Between(0.7, 2.0), amount=Between(0.3, 1.4)),
+        Step('sharpen', p / 4, radius=Between(0.5, 2.0), amount=Between(0.2, 1.5)),
         _saved(p, 20, 95),
     )
 
@@ -236,19 +239,19 @@ def _order(radius, low, high, sigma, p):
 def wild_recipe(
     scale: int = 1,  # the degraded photo ends so many times smaller per side
 ) -> Recipe:
-    "A second-order recipe of real damage, after Real-ESRGAN (Wang et al. 2021)."
+    "A second-order recipe of real damage, after Real-ESRGAN (Wang et al. 2021), milder at scale 1."
     check_within('A scale', scale, 1, 16, whole=True)
     small = () if scale == 1 else (Step('fit', scale=scale, kernel=_ANY),)
     kernel = OneOf(_ANY, 'nearest', weights=[24, 1])
-    first = _order(0.6 + 0.35 * scale, scale**-0.95 * 0.55, scale**-0.3, 22.0, 0.8)
-    again = Chain(*_order(0.9, 0.7, 1.2, 12.0, 0.4))
+    first = _degradation_pass(0.7, 0.5 + 0.4 * scale, 0.5 / scale, 1.2 / scale**0.5, 25.0)
+    again = Chain(*_degradation_pass(0.4, 0.7, 0.6, 1.3, 12.0))
     ways = OneOf(
         Chain(*small),  # as it is
-        Chain(*small, _saved(1, 75, 97)),
+        Chain(*small, _saved(1, 80, 98)),
         Chain(*small, Step('noise', sigma=Between(0.0, 55.0))),
-        Chain(*small, _saved(1, 8, 90)),
+        Chain(*small, _saved(1, 8, 92)),
         Chain(*first, OneOf(again, Chain()), Step('fit', scale=scale, kernel=kernel),
-              OneOf(_saved(1, 25, 93), _saved(1, 93, 98), Chain(), weights=[3, 1, 2])),
+              OneOf(_saved(1, 30, 95), _saved(1, 95, 100), Chain(), weights=[5, 2, 3])),
         weights=[6, 9, 20, 12, 53],
     )  # fmt: skip
     return Recipe(
@@ -256,7 +259,7 @@ def wild_recipe(
         (ways,),
         before=(Step('trim', multiple=scale),) if scale > 1 else (),
         zoom=OneOf(1.0, Between(0.5, 1.0)),
-        about='a life of its own: blurred, scaled, noisy, saved, and again',
+        about='twice: blur, another size, noise, halos, JPEG; or less',
     )
 
 # %% ../nbs/01_crappify.ipynb #0deb7c11

@@ -331,6 +331,7 @@ def test_any_kernel_draws_what_it_promises():
 def test_a_chain_draws_its_steps_in_order():
     chain = Chain(Step('gray'), Step('jpeg', 0.0), Chain(Step('trim', multiple=3)), Chain())
     assert chain.draw(dice(0)) == [['gray', {}], ['trim', {'multiple': 3}]]
+    assert repr(Chain(Step('gray'))) == f'Chain({Step("gray")!r})'
 
 
 def test_wild_is_wild_within_bounds():
@@ -341,7 +342,7 @@ def test_wild_is_wild_within_bounds():
     counts = Counter(names)
     assert about(counts[()], n, 0.06)
     jpegs = [plan[0][1]['quality'] for plan in plans if len(plan) == 1 and plan[0][0] == 'jpeg']
-    assert about(len(jpegs), n, 0.21) and min(jpegs) == 8 and max(jpegs) == 97
+    assert about(len(jpegs), n, 0.21) and min(jpegs) == 8 and max(jpegs) == 98
     noises = [plan[0][1] for plan in plans if len(plan) == 1 and plan[0][0] == 'noise']
     assert about(len(noises), n, 0.2)
     assert all(p.keys() == {'sigma', 'seed'} and p['sigma'] <= 55 for p in noises)
@@ -350,11 +351,9 @@ def test_wild_is_wild_within_bounds():
     ops = Counter(name for plan in long for name, _ in plan)
     assert set(ops) == {'blur', 'rescale', 'noise', 'sharpen', 'jpeg', 'fit'}
     twice = sum([name for name, _ in plan].count('noise') == 2 for plan in long)
-    assert about(twice, len(long), 0.8 * 0.4 / 2)
+    assert about(twice, len(long), 0.7 * 0.4 / 2)
     last = [plan[-1][0] for plan in long]
-    assert about(last.count('jpeg'), len(long), 4 / 6) and about(
-        last.count('fit'), len(long), 2 / 6
-    )
+    assert about(last.count('jpeg'), len(long), 0.7) and about(last.count('fit'), len(long), 2 / 6)
     kernels = Counter(p['kernel'] for p in of(long, 'rescale'))
     evenly([p['kernel'] for p in of(long, 'rescale')], kernels)
     assert set(kernels) == {'box', 'bilinear', 'bicubic', 'lanczos'}
@@ -372,6 +371,9 @@ def test_wild_makes_photos_as_small_as_told(scale):
     crops = [wild_recipe(scale).pair(photo, seed, size=12 * scale) for seed in range(30)]
     assert {d.size for d, _ in crops} == {(12, 12)}
     assert len({d.tobytes() for d, _ in crops}) == 30
+    if scale > 1:
+        with pytest.raises(EnhanceError, match='does not divide'):
+            [wild_recipe(scale).pair(photo, seed, size=12 * scale + 1) for seed in range(3)]
 
 
 def plain(value):
@@ -402,7 +404,7 @@ def test_draws_depend_on_seed_and_name_alone(name):
 
 
 def test_no_seed_draws_anew_each_time():
-    plans = {json.dumps(RECIPES['wild'].draw(None, 'a.jpg')) for _ in range(20)}
+    plans = {json.dumps(RECIPES['gan'].draw(None, 'a.jpg')) for _ in range(20)}
     assert len(plans) == 20
 
 

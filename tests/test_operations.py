@@ -134,7 +134,7 @@ CHANGING = {  # of a photo of 60×44
     'crop': ({'size': 20}, (20, 20)),
     'trim': ({'multiple': 16}, (48, 32)),
     'rescale': ({'factor': 0.7}, (42, 31)),
-    'fit': ({'size': (91, 66), 'scale': 3}, (30, 22)),
+    'fit': ({'size': (90, 66), 'scale': 3}, (30, 22)),
     'rotate': ({'degrees': 270}, (44, 60)),
     'gray': ({}, (60, 44)),
 }
@@ -220,7 +220,7 @@ BAD = [
     ('crop', {'size': 5, 'zoom': 0}, '0'),
     ('crop', {'size': 5, 'zoom': 2}, '2'),
     ('fit', {'size': (60, 44), 'scale': 0}, '0'),
-    ('fit', {'size': (60, 44), 'scale': 45}, '1×0'),
+    ('fit', {'size': (60, 44), 'scale': 8}, '60×44'),
     ('fit', {'size': (60, 44), 'kernel': 'boxy'}, 'Did you mean box'),
     ('sharpen', {'radius': -1}, '-1'),
     ('sharpen', {'amount': float('nan')}, 'nan'),
@@ -299,10 +299,10 @@ def test_a_zoomed_crop_is_a_larger_square_made_small():
 
 
 def test_fit_gives_the_size_before_whatever_came_in_between():
-    photo = smooth_photo(61, 45)
-    steps = [['rescale', {'factor': 0.3}], ['rotate', {'degrees': 90}], ['fit', {'scale': 2}]]
-    assert apply_steps(photo, steps).size == (30, 22)
-    assert apply_steps(photo, [*steps, ['fit', {}]]).size == (61, 45)
+    photo = smooth_photo(60, 45)
+    steps = [['rescale', {'factor': 0.3}], ['rotate', {'degrees': 90}], ['fit', {'scale': 5}]]
+    assert apply_steps(photo, steps).size == (12, 9)
+    assert apply_steps(photo, [*steps, ['fit', {}]]).size == (60, 45)
     assert same(OPERATIONS['fit'](photo, photo.size), photo)
 
 
@@ -358,7 +358,9 @@ def test_between_floats_is_uniform():
     assert chisquare(counts).pvalue > 1e-4
 
 
-@pytest.mark.parametrize('ends', [(2, 1), (0.5, 0.4), (float('nan'), 1), (0, float('nan'))])
+@pytest.mark.parametrize(
+    'ends', [(2, 1), (0.5, 0.4), (float('nan'), 1), (0, float('nan')), ('1', 2), (1, None)]
+)
 def test_between_refuses_ends_that_are_not_in_order(ends):
     with pytest.raises(EnhanceError) as error:
         Between(*ends)

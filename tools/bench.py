@@ -419,11 +419,10 @@ def quality_in_the_wild():
     for name, way in ways.items():
         scores = wild_scores(name, way)
         for task, score in scores.items():
-            found = f'luma {score["luma"]:.2f} dB (lowest {score["lowest luma"]:.1f})'
-            found += f', RGB {score["RGB"]:.2f} dB, SSIM {score["SSIM"]:.4f}'
+            measures = [m for m in ('luma', 'lowest luma', 'RGB', 'SSIM', 'LPIPS') if m in score]
+            what = f'blind protocol, {task}, {score["photos"]} photos of BSDS500 val: {name}'
             target = targets.get(task, '') if name == 'enhance' else ''
-            what = f'blind protocol, {task}, 100 photos of BSDS500 val: {name}'
-            yield what, f'{found}, LPIPS {score["LPIPS"]:.4f}', target
+            yield what, ', '.join(f'{m} {score[m]:g}' for m in measures), target
         if not scores:
             yield f'blind protocol: {name}', 'no data', ''
 

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from enhance_lib.toolbox.errors import EnhanceError
 from enhance_lib.toolbox.files import find_photos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,31 +24,43 @@ def run_protocol(*arguments) -> str:
     home = FOLDER.parent / 'torch'
     network = home / 'hub' / 'checkpoints' / 'squeezenet1_1-b8a52dc0.pth'
     network.parent.mkdir(parents=True, exist_ok=True)
-    if not network.exists():
+    if not os.path.lexists(network):
         network.symlink_to(SHARED / 'pretrained' / 'squeezenet1_1.pth')
     command = [sys.executable, PROTOCOL, *map(str, arguments)]
     variables = {**os.environ, 'TORCH_HOME': str(home)}
-    return subprocess.run(command, env=variables, check=True, text=True, stdout=-1).stdout
+    done = subprocess.run(command, env=variables, text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise EnhanceError(f'The blind protocol failed ({PROTOCOL.name} {arguments[0]}).')
+    return done.stdout
+
+
+def read_scores(printed: str) -> dict[str, dict[str, float]]:
+    "The means by task, from what the protocol prints. Equal photos have no PSNR: it is left out."
+    found = {}
+    for line in printed.splitlines():
+        values = {m: re.search(rf'(?<!\w){m} +([\d.]+|inf)', line)[1] for m in MEASURES}
+        found[line.split()[0]] = {m: float(v) for m, v in values.items() if v != 'inf'}
+        found[line.split()[0]]['photos'] = int(re.search(r'(\d+) photos', line)[1])
+    return found
 
 
 def wild_scores(
     name: str,  # of the folders that hold what comes out
     enhance: Callable,  # function(path, scale) -> the better photo, scale times as large
     tasks: tuple = TASKS,  # of these
-) -> dict[str, dict[str, float]]:  # means over 100 photos, by task; {} without the protocol
+) -> dict[str, dict[str, float]]:  # means over the photos of each task; {} without the protocol
     "Run and score the blind protocol."
     if not PROTOCOL.is_file():
         return {}
-    if not (FOLDER / tasks[0] / 'clean').is_dir():
-        run_protocol('make', FOLDER)
+    if not FOLDER.is_dir():
+        part = FOLDER.with_name('wild.part')
+        shutil.rmtree(part, ignore_errors=True)
+        run_protocol('make', part)
+        part.rename(FOLDER)
     for task in tasks:
         scale = int(task[1:]) if task.startswith('x') else 1
         out = FOLDER / task / name
         out.mkdir(exist_ok=True)
         for path in find_photos(FOLDER / task / 'degraded'):
             enhance(path, scale).save(out / f'{path.stem}.png', compress_level=1)
-    found = {}
-    for line in run_protocol('score', FOLDER, name, *tasks).splitlines():
-        values = [float(re.search(rf'(?<!\w){m} +([\d.]+)', line)[1]) for m in MEASURES]
-        found[line.split()[0]] = dict(zip(MEASURES, values))
-    return found
+    return read_scores(run_protocol('score', FOLDER, name, *tasks))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..srcnn import enlarge
 from ..toolbox.errors import check_choice
 from ..toolbox.models import PhotoModel
+from ..toolbox.tiles import ceil_div
 
 # %% ../../nbs/applications/restorer.ipynb #81dd6224
 class ResBlock(nn.Module):
@@ -54,7 +55,10 @@ class Restorer(PhotoModel):
         self.scale, self.residual = scale, residual
         self.unshuffle = 2 if scale == 1 else 1  # pixels of the input per side and position
         self.multiple = self.unshuffle * 2 ** (len(widths) - 1)
-        self.margin = 48 * self.unshuffle  # how far three sizes of two blocks see
+        # how far it sees: each convolution reaches one position, twice as wide at each size down
+        n_sizes = len(widths) - 1
+        reach = 2 + 4 * n_blocks * (2**n_sizes - 1) + 2 * n_middle * 2**n_sizes
+        self.margin = (ceil_div(reach * self.unshuffle, self.multiple) + 1) * self.multiple
         self.memory = 200 if scale == 1 else 850
         step = self.unshuffle * scale  # pixels of the output per side and position
 
@@ -71,7 +75,8 @@ class Restorer(PhotoModel):
         self.last = nn.Conv2d(widths[0], 3 * step**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(step)
         if residual:
-            nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ __all__ = ['OPERATIONS', 'KERNELS', 'operation', 'resize', 'shrink', 'brightness
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
@@ -101,6 +102,14 @@ def resize(
     return _resize_plain(photo, width, height, kernel)
 
 # %% ../../nbs/toolbox/operations.ipynb #d8d73aac
+def _check_divides(size, scale):
+    "Raise `EnhanceError` if a photo of this (width, height) is no whole number of times larger."
+    if size[0] % scale or size[1] % scale:
+        raise EnhanceError(
+            f'A photo of {size[0]}×{size[1]} does not divide by {scale}: trim it first.'
+        )
+
+
 @operation
 def shrink(
     photo: Image.Image,  # sides divisible by `scale`: see `trim`
@@ -110,10 +119,7 @@ def shrink(
 ) -> Image.Image:  # `scale` times smaller per side
     "A low-resolution version of a photo, for networks that enlarge."
     check_within('A scale', scale, 1, inf, whole=True)
-    if photo.width % scale or photo.height % scale:
-        raise EnhanceError(
-            f'A photo of {photo.width}×{photo.height} does not divide by {scale}: trim it first.'
-        )
+    _check_divides(photo.size, scale)
     return resize(photo, photo.width // scale, photo.height // scale, kernel, antialias)
 
 # %% ../../nbs/toolbox/operations.ipynb #e4808f69
@@ -227,9 +233,10 @@ def fit(
     size: tuple,  # (width, height) in pixels of the clean photo; a recipe fills it in
     scale: int = 1,  # how many times smaller per side than that
     kernel: str = 'bicubic',  # a key of `KERNELS`, antialiased
-) -> Image.Image:  # size / scale, rounded down
+) -> Image.Image:  # size / scale
     "Resize a photo to the size that a pair needs, whatever size it has had in between."
     check_within('A scale', scale, 1, inf, whole=True)
+    _check_divides(size, scale)
     return resize(photo, *(side // scale for side in size), kernel)
 
 
@@ -279,7 +286,8 @@ class Between:
     high: float
 
     def __post_init__(self):
-        if not -inf < self.low <= self.high < inf:
+        numbers = isinstance(self.low, Real) and isinstance(self.high, Real)
+        if not (numbers and -inf < self.low <= self.high < inf):
             raise EnhanceError(
                 f'Between({self.low}, {self.high}) is upside down: the lower number comes first.'
             )

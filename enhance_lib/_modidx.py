@@ -348,7 +348,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'enhance_lib.enhance._sized': ('enhance.html#_sized', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance._tables': ('enhance.html#_tables', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.choose': ('enhance.html#choose', 'enhance_lib/enhance.py'),
-                                     'enhance_lib.enhance.detail_share': ('enhance.html#detail_share', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.enhance': ('enhance.html#enhance', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.find_scale_factor': ('enhance.html#find_scale_factor', 'enhance_lib/enhance.py'),
                                      'enhance_lib.enhance.flat_share': ('enhance.html#flat_share', 'enhance_lib/enhance.py'),

@@ -17,7 +17,6 @@ from math import inf
 
 import numpy as np
 from PIL import Image, ImageFilter
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from .toolbox.errors import check_choice, check_within
 from .toolbox.files import kept_info, open_photo
@@ -96,6 +95,8 @@ def noise(
     shape = (*pixels.shape[:2], 1)[: pixels.ndim] if gray else pixels.shape
     grain = np.random.default_rng(seed).standard_normal(shape, np.float32)
     if width:
+        from scipy.ndimage import gaussian_filter, gaussian_filter1d
+
         grain = gaussian_filter(grain, (width, width, 0)[: grain.ndim], mode='wrap')
         dot = gaussian_filter1d(np.eye(1, 1001, 500)[0], width)  # what the blur makes of one pixel
         grain /= np.square(dot).sum()  # a blur makes noise weaker: as strong as before

@@ -44,10 +44,20 @@ def small(monkeypatch):
     monkeypatch.setattr(rounds, 'EPOCH', 40)
     monkeypatch.setattr(rounds, 'WARM_UP', 5)
     monkeypatch.setattr(rounds, 'VALID', {'size': 32, 'crops': 2})
-    monkeypatch.setattr(rounds, 'wild_scores', lambda *_: {'x1': {'luma': 29.0}})
+    monkeypatch.setattr(rounds, 'wild_scores', scores)
     monkeypatch.setattr(rounds, 'published', list)
     seconds = itertools.count()
     monkeypatch.setattr(rounds, 'time', SimpleNamespace(monotonic=lambda: next(seconds)))
+
+
+def scores(name, enhance, tasks):
+    "Of the degraded photos as they are, and of what came out. Undamaged ones have no mean PSNR."
+    assert tasks == ('x1', 'good', 'noise15', 'noise25', 'noise50')
+    luma = {'input': 28.0, NAME: 29.0}[name]
+    return {
+        'x1': {'luma': luma, 'LPIPS': 0.2, 'photos': 100},
+        'good': {'LPIPS': 0.1, 'photos': 100} | ({} if name == 'input' else {'luma': 40.0}),
+    }
 
 
 MINUTES = 2  # 120 seconds, of which a step takes two: one before the batch and one after it
@@ -87,7 +97,10 @@ def test_a_round_ends_on_time_and_publishes(photos, tmp_path, out, capsys):
     model = load_model(out / f'{NAME}.safetensors')
     assert model.card['training']['rounds'] == [done]
     assert model.card['training']['photos'] == {'/'.join(photos.parts[-2:]): 22}
-    assert model.card['scores']['x1']['luma'] == 29.0 and model.card['task'] == 'wild'
+    of_x1, of_good = model.card['scores'].values()
+    assert (of_x1['input'], of_x1['output'], of_x1['LPIPS']) == (28.0, 29.0, [0.2, 0.2])
+    assert 'input' not in of_good and '100 photos' in of_good['protocol']
+    assert model.card['task'] == 'wild'
     assert 'published' in capsys.readouterr().out
 
 

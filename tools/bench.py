@@ -25,7 +25,6 @@ from enhance_lib.applications.batch import crappify_folder
 from enhance_lib.crappify import RECIPES
 from enhance_lib.toolbox.datasets import data_folder, sample_photos
 from enhance_lib.toolbox.files import find_photos, open_photo, save_photo
-from enhance_lib.toolbox.operations import resize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -369,30 +368,26 @@ def start_of_app():
 
 def gain_of_choosing():
     "What `enhance` chooses against doing always the same, on photos that recipe wild made bad."
-    from enhance_lib.crappify import apply_steps
     from enhance_lib.enhance import Plan, follow, jpeg_quality, plan_for
     from enhance_lib.measure import psnr
     from enhance_lib.toolbox.files import as_photo
 
     folder = ROOT.parent / 'shared' / 'data' / 'bsds500' / 'val'
-    what = 'choosing, 256×256 crops of BSDS500 val, recipe wild, seed 0, RGB PSNR'
+    what = 'choosing, 256×256 crops of BSDS500 val, recipe wild, seed 0, then JPEG 90, RGB PSNR'
     if not folder.is_dir():
         yield what, 'no data', ''
         return
     ways = {
-        'leave it': Plan(None, 1, None, 1, 1, ''),
-        'always clean': Plan('jpeg-blind', 1, None, 1, 1, ''),
-        'always halve, enlarge': Plan(None, 2, 'realtime-x4-any', 1, 1, ''),
-        'always clean, halve, enlarge': Plan('jpeg-blind', 2, 'realtime-x4-any', 1, 1, ''),
+        'leave it': Plan(None, None, 1, 1, ''),
+        'always jpeg-blind': Plan('jpeg-blind', None, 1, 1, ''),
+        'always restore-x1': Plan('restore-x1', None, 1, 1, ''),
     }
     found = {way: [] for way in (*ways, 'choose')}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / 'sent.jpg'
         for path in find_photos(folder):
-            plan = RECIPES['wild'].draw(0, path.name, 256)
-            clean = apply_steps(open_photo(path), plan['before'])
-            *steps, (_, last) = plan['steps']  # a JPEG, which is left to the file
-            apply_steps(clean, steps).save(file, **last)
+            sent, clean = RECIPES['wild'].pair(open_photo(path), 0, path.name, 256)
+            sent.save(file, quality=90)
             degraded = open_photo(file)
             chosen = plan_for(degraded, jpeg_quality(file), scale=1)
             for way, plan in {**ways, 'choose': chosen}.items():
@@ -404,24 +399,26 @@ def gain_of_choosing():
 
 
 def quality_in_the_wild():
-    "The blind protocol: nothing done (bicubic), and `enhance` as it is, but for the size."
-    from wild import wild_scores
+    "The blind protocol: nothing done, `enhance` as it is, but for the size, and the restorers."
+    from wild import TASKS, nothing, tasks_of, wild_scores
 
     from enhance_lib.enhance import enhance
-
-    def nothing(path, scale):
-        photo = open_photo(path)
-        return resize(photo, scale * photo.width, scale * photo.height)
+    from enhance_lib.toolbox.models import load_model, published
 
     targets = {'x1': '29.0 dB, LPIPS 0.201', 'good': 'lowest 37.1 dB, LPIPS 0.0086'}
     targets |= {'noise15': 'RGB 32.3 dB', 'noise25': 'RGB 29.9 dB', 'noise50': 'RGB 26.8 dB'}
-    ways = {'input': nothing, 'enhance': lambda path, scale: enhance(path, scale=scale).photo}
-    for name, way in ways.items():
-        scores = wild_scores(name, way)
+    ways = {'input': (nothing, TASKS)}
+    ways['enhance'] = (lambda path, scale: enhance(path, scale=scale).photo), TASKS
+    for name in published():
+        if name.startswith('restore-'):
+            model = load_model(name)
+            ways[name] = (lambda path, scale, model=model: model.predict(path)), tasks_of(model)
+    for name, (way, tasks) in ways.items():
+        scores = wild_scores(name, way, tasks)
         for task, score in scores.items():
             measures = [m for m in ('luma', 'lowest luma', 'RGB', 'SSIM', 'LPIPS') if m in score]
             what = f'blind protocol, {task}, {score["photos"]} photos of BSDS500 val: {name}'
-            target = targets.get(task, '') if name == 'enhance' else ''
+            target = '' if name == 'input' else targets.get(task, '')
             yield what, ', '.join(f'{m} {score[m]:g}' for m in measures), target
         if not scores:
             yield f'blind protocol: {name}', 'no data', ''
@@ -519,6 +516,8 @@ def quality_of_published():
         ('realtime-x4-gan', 'Set5'): "feature distance at most half of bicubic's",
     }
     for name in published():
+        if name.startswith('restore-'):  # see `quality_in_the_wild`
+            continue
         scores = scores_of(load_model(name))
         for where, score in scores.items():
             measured = f'{score["input"]:.2f} → {score["output"]:.2f} dB'

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.utils import save_image
 from weights import PHOTOS, SHARED, machine
-from wild import wild_scores
+from wild import nothing, tasks_of, wild_scores
 
 from enhance_lib.applications.restorer import Restorer
 from enhance_lib.crappify import wild_recipe
@@ -245,14 +245,24 @@ def publish(name, dls, rounds, photos, out, folder):
     write_rounds(folder, rounds)
 
 
+def scores_of(name, model):
+    "The blind protocol for a card: luma PSNR before and after, and the other measures likewise."
+    tasks, scores = tasks_of(model), {}
+    before = wild_scores('input', nothing, tasks)
+    after = wild_scores(name, lambda path, scale: model.predict(path), tasks)
+    for task, score in after.items():
+        protocol = f'luma PSNR, blind protocol (make bench), {score.pop("photos")} photos'
+        pairs = {m: [before[task][m], v] for m, v in score.items() if m in before[task]}
+        if 'luma' in pairs:
+            pairs['input'], pairs['output'] = pairs.pop('luma')
+        scores[f'BSDS500 val, {task}'] = {**pairs, 'protocol': protocol}
+    return scores
+
+
 def write_card(name, rounds, photos, path, folder):
-    "Measure the weights of the last round by the blind protocol, and publish them."
+    "Measure the weights of the last round, and publish them."
     model = load_model(folder / f'{name}.safetensors')
-    tasks = ('x1', 'good', 'noise15', 'noise25', 'noise50') if model.scale == 1 else ()
-    scores = wild_scores(name, lambda p, scale: model.predict(p), tasks or (f'x{model.scale}',))
-    protocol = (
-        'blind protocol on BSDS500 val (make bench): PSNR in dB, SSIM of luma, LPIPS (squeeze)'
-    )
+    scores = scores_of(name, model)
     save_weights(
         model,
         path,
@@ -266,7 +276,7 @@ def write_card(name, rounds, photos, path, folder):
             'validates',
             'rounds': rounds,
         },
-        scores={task: {**score, 'protocol': protocol} for task, score in scores.items()},
+        scores=scores,
         machine=machine(),
         command=f'make round MODEL={name} MINUTES={rounds[-1]["minutes"]:g}',
         license='Apache-2.0',

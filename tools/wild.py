@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from enhance_lib.toolbox.errors import EnhanceError
-from enhance_lib.toolbox.files import find_photos
+from enhance_lib.toolbox.files import find_photos, open_photo
+from enhance_lib.toolbox.operations import resize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -44,6 +45,22 @@ def read_scores(printed: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def scale_of(task: str) -> int:
+    "How many times larger per side the result of a task is."
+    return int(task[1:]) if task.startswith('x') else 1
+
+
+def tasks_of(model) -> tuple:
+    "What a restorer is measured by."
+    return tuple(task for task in TASKS if scale_of(task) == model.scale)
+
+
+def nothing(path, scale):
+    "The line to beat: the degraded photo as it is, enlarged by bicubic."
+    photo = open_photo(path, 'RGB')
+    return resize(photo, scale * photo.width, scale * photo.height)
+
+
 def wild_scores(
     name: str,  # of the folders that hold what comes out
     enhance: Callable,  # function(path, scale) -> the better photo, scale times as large
@@ -58,7 +75,7 @@ def wild_scores(
         run_protocol('make', part)
         part.rename(FOLDER)
     for task in tasks:
-        scale = int(task[1:]) if task.startswith('x') else 1
+        scale = scale_of(task)
         out = FOLDER / task / name
         out.mkdir(exist_ok=True)
         for path in find_photos(FOLDER / task / 'degraded'):

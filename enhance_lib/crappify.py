@@ -225,7 +225,7 @@ def _saved(p, low, high):
 
 
 def _degradation_pass(p, radius, low, high, sigma):
-    "Once through a camera, or through somebody's hands; each step happens with probability p."
+    "Once through a camera, or through somebody's hands; each with probability p, halos with p / 4."
     grain = {'sigma': OneOf(Between(1.0, sigma / 2), Between(1.0, sigma)), 'gray': _EITHER}
     wide = {'width': OneOf(0.0, Between(0.4, 1.5)), 'shot': _EITHER}
     return (
